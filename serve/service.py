@@ -1,0 +1,262 @@
+"""The one path: ChatRequest -> format -> engine -> parser -> events, for the page and the API
+alike.
+
+Knows which model serves (or how far its loading is) and turns the engine's messages into the event
+stream that values.py promises: exactly one terminal event, whatever happens. Knows no HTTP and no
+widgets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from serve.engine.face import (
+    AsyncMailbox,
+    Ended,
+    Engine,
+    GenerationRequest,
+    SequenceEnded,
+    Tokens,
+    TokenScore,
+    Waiting,
+)
+from serve.errors import ModelLoading, ModelNotFound, ServeError, Unavailable
+from serve.formats.base import ChatFormat, Rendered, StreamParser
+from serve.values import (
+    Accepted,
+    Cancelled,
+    ChatRequest,
+    ChoiceFinished,
+    Event,
+    Failed,
+    Finished,
+    ModelCard,
+    PassedOver,
+    Progress,
+    Queued,
+    Status,
+    TextRequest,
+    Timing,
+    Usage,
+)
+
+log = logging.getLogger(__name__)
+
+RENDER_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A loaded model with everything a request needs of it."""
+
+    card: ModelCard
+    format: ChatFormat
+    engine: Engine
+
+
+class Service:
+    """One per process. The loading thread reports into it; requests and the page read from it."""
+
+    def __init__(self, requested: str = "", public_name: str = "gpt-oss:20b") -> None:
+        self._public_name = public_name
+        self._served: ServedModel | None = None
+        self._status = Status(requested=requested)
+
+    # -- what serves, and how far it is (written by the loading thread, one writer) ----------------
+
+    def report(self, progress: Progress) -> None:
+        self._status = replace(self._status, progress=progress)
+
+    def pass_over(self, candidate: PassedOver) -> None:
+        self._status = replace(self._status, passed_over=(*self._status.passed_over, candidate))
+
+    def attach(self, served: ServedModel) -> None:
+        """From now on `served` answers."""
+        self._served = served
+        self._status = replace(
+            self._status, model=served.card, progress=replace(self._status.progress, phase="ready")
+        )
+
+    def status(self) -> Status:
+        if self._served is None:
+            return self._status
+        stats = self._served.engine.stats()
+        return replace(self._status, running=stats.running, waiting=stats.waiting)
+
+    def models(self) -> tuple[ModelCard, ...]:
+        return () if self._served is None else (self._served.card,)
+
+    def model(self, name: str) -> ModelCard:
+        """The card of a served model by id or alias. Raises ModelNotFound or ModelLoading."""
+        return self._find(name).card
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        if self._served is not None:
+            self._served.engine.close(drain_seconds)
+
+    def _find(self, name: str) -> ServedModel:
+        served = self._served
+        if served is None:
+            raise self._not_ready()
+        if name in (served.card.id, "default", self._public_name, *served.card.aliases):
+            return served
+        known = ", ".join(dict.fromkeys((served.card.id, "default", self._public_name)))
+        raise ModelNotFound(
+            f"The model {name!r} is not served here. Served now: {known}.", param="model"
+        )
+
+    def _not_ready(self) -> ServeError:
+        progress = self._status.progress
+        if progress.phase == "failed":
+            return Unavailable(
+                "No model could be loaded. GET /ready says why and what to set.", retry_after=60
+            )
+        left = progress.seconds_left
+        wait = 10.0 if left is None else min(max(left, 1.0), 300.0)
+        return ModelLoading(
+            f"The model is not ready yet ({progress.phase}). Try again in {wait:.0f} s.",
+            retry_after=wait,
+        )
+
+    # -- requests
+    -----------------------------------------------------------------------------------
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
+        """Events of one request. Closing the iterator early cancels the work within one step."""
+        try:
+            served = self._find(request.model)
+            rendered = await _off_loop(lambda: served.format.render(request))
+        except ServeError as error:
+            yield Failed(error)
+            return
+        parsers = [served.format.parser(request, i) for i in range(request.sampling.n)]
+        run = _Run(served.engine, _generation(rendered, request), parsers)
+        async with contextlib.aclosing(run.events()) as events:
+            async for event in events:
+                yield event
+
+    async def complete(self, request: TextRequest) -> AsyncGenerator[Event]:
+        """Events of a raw prompt's continuation: text only."""
+        try:
+            served = self._find(request.model)
+            rendered = await _off_loop(lambda: served.format.render_text(request))
+        except ServeError as error:
+            yield Failed(error)
+            return
+        parsers = [served.format.text_parser(request) for _ in range(request.sampling.n)]
+        run = _Run(served.engine, _generation(rendered, request), parsers)
+        async with contextlib.aclosing(run.events()) as events:
+            async for event in events:
+                yield event
+
+
+def _generation(rendered: Rendered, request: ChatRequest | TextRequest) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=rendered.prompt,
+        sampling=request.sampling,
+        tenant=request.tenant,
+        stop_ids=rendered.stop_ids,
+        grammar=rendered.grammar,
+    )
+
+
+async def _off_loop(work: Callable[[], Rendered]) -> Rendered:
+    """Templates, tokenizers and grammars run on a thread, with a time limit for the caller."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(work), RENDER_SECONDS)
+    except TimeoutError:
+        raise Unavailable(
+            "Preparing this prompt took too long.", retry_after=RENDER_SECONDS
+        ) from None
+
+
+class _Run:
+    """One request in flight: the engine's messages in, events out."""
+
+    def __init__(
+        self, engine: Engine, generation: GenerationRequest, parsers: Sequence[StreamParser]
+    ) -> None:
+        self._engine = engine
+        self._generation = generation
+        self._parsers = parsers
+        self._open = set(range(len(parsers)))
+        self._completion_tokens = 0
+        self._number = -1
+
+    async def events(self) -> AsyncGenerator[Event]:
+        mailbox = AsyncMailbox()
+        try:
+            self._number = self._engine.submit(self._generation, mailbox)
+        except ServeError as error:
+            yield Failed(error)
+            return
+        has_ended = False
+        try:
+            yield Accepted(len(self._generation.prompt.ids))
+            async for message in mailbox:
+                has_ended = isinstance(message, Ended)
+                for event in self._translate(message):
+                    yield event
+        finally:
+            if not has_ended:
+                self._engine.cancel(self._number)
+
+    def _translate(self, message: Waiting | Tokens | SequenceEnded | Ended) -> list[Event]:
+        match message:
+            case Waiting():
+                return [Queued(message.ahead, message.wait_seconds)]
+            case Tokens():
+                return self._read(message)
+            case SequenceEnded():
+                return self._end_choice(message.choice, message.reason)
+            case Ended():
+                return self._end(message)
+        assert_never(message)
+
+    def _read(self, tokens: Tokens) -> list[Event]:
+        """Feed one id at a time, so that what counts and what is said stops exactly at a stop
+        string."""
+        if tokens.choice not in self._open:
+            return []
+        parser = self._parsers[tokens.choice]
+        events: list[Event] = []
+        for i, token in enumerate(tokens.ids):
+            scores: tuple[TokenScore, ...] = tokens.scores[i : i + 1]
+            self._completion_tokens += 1
+            events += parser.feed((token,), scores)
+            if parser.is_stopped:
+                events += self._end_choice(tokens.choice, "stop")
+                if self._open:
+                    self._engine.cancel(self._number, tokens.choice)
+                else:
+                    self._engine.cancel(self._number)
+                break
+        return events
+
+    def _end_choice(self, choice: int, reason: str) -> list[Event]:
+        if choice not in self._open:
+            return []
+        self._open.discard(choice)
+        parser = self._parsers[choice]
+        tail: list[Event] = [*parser.finish()]
+        ended = parser.reason("length" if reason == "length" else "stop")
+        return [*tail, ChoiceFinished(ended, choice)]
+
+    def _end(self, ended: Ended) -> list[Event]:
+        usage = Usage(
+            prompt_tokens=ended.prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=ended.cached_tokens,
+            reasoning_tokens=sum(parser.reasoning_tokens for parser in self._parsers),
+        )
+        timing = Timing(ended.first_token_seconds, ended.total_seconds)
+        if ended.outcome == "failed" and ended.error is not None:
+            return [Failed(ended.error)]
+        if ended.outcome == "finished" or not self._open:
+            return [Finished(usage, timing)]
+        return [Cancelled(usage)]

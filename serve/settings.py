@@ -1,0 +1,227 @@
+"""Settings: one frozen dataclass, read once from the environment, each default in one place.
+
+`from_env` is the only reader of os.environ in the product. A bad value raises BadSetting, whose
+text is one line naming the variable, the value and what is allowed; app.py exits with code 2.
+README's table of settings is checked against `VARIABLES`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+QuantType = Literal["auto", "awq", "gptq", "bnb4", "full", "mxfp4", "int8"]
+KeyDisplay = Literal["auto", "owner", "guest", "off"]
+HubOrder = Literal["auto", "modelscope,huggingface", "huggingface,modelscope"]
+ModelSwitch = Literal["off", "owner", "all"]
+ImageFallback = Literal["refuse", "drop"]
+
+PLATFORM_DIR = Path("/home/xlab-app-center")
+RUNTIME_FOLDER = "gpt_oss_app_runtime"
+PUBLIC_MODEL_NAME = "gpt-oss:20b"
+
+
+class BadSetting(ValueError):
+    """A variable's value cannot be used. str() is the one line to print."""
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(f"{variable}={value!r} cannot be used: {allowed}.")
+        self.variable = variable
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _secret(value: str) -> str:
+    if len(value) < 8:
+        raise ValueError("at least 8 characters")
+    if not value.isprintable() or any(c.isspace() for c in value) or not value.isascii():
+        raise ValueError("printable ASCII without spaces")
+    return value
+
+
+def _repository(value: str) -> str:
+    if value and not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+        raise ValueError("owner/name")
+    return value
+
+
+def _git_address(value: str) -> str:
+    if value and not re.match(r"(https|ssh)://[^\s/-][^\s]*$", value):
+        raise ValueError("an https:// or ssh:// address")
+    return value
+
+
+def _subfolder(value: str) -> str:
+    if value.startswith("/") or ".." in value.split("/") or value.startswith("-"):
+        raise ValueError("a folder inside the repository, such as gpt-oss-20b")
+    return value.strip("/")
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def cast(value: str) -> int:
+        if not re.fullmatch(r"\d+", value) or not low <= int(value) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+
+    return cast
+
+
+def _amount(low: float, high: float) -> Callable[[str], float]:
+    def cast(value: str) -> float:
+        if not re.fullmatch(r"\d+(\.\d+)?", value) or not low <= float(value) <= high:
+            raise ValueError(f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return cast
+
+
+def _switch(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("on or off")
+
+
+def _one_of(literal: Any) -> Callable[[str], Any]:
+    choices = get_args(literal)
+
+    def cast(value: str) -> str:
+        chosen = value.lower().replace(" ", "")
+        if chosen not in choices:
+            raise ValueError("one of " + " | ".join(choices))
+        return chosen
+
+    return cast
+
+
+def _variable(name: str, cast: Callable[[str], Any], default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"name": name, "cast": cast, "meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    app_api_key: str | None = _variable(
+        "APP_API_KEY", _secret, None, "the API key; without it one is made at start"
+    )
+    work_dir: Path = _variable(
+        "WORK_DIR",
+        Path,
+        None,
+        "folder for runtime data; default: the platform's folder, else a per-user one",
+    )
+    model_local_path: str = _variable(
+        "MODEL_LOCAL_PATH", _text, "", "folder or .gguf file with model files; wins over everything"
+    )
+    openxlab_model_repo: str = _variable(
+        "OPENXLAB_MODEL_REPO", _repository, "", "OpenXLab model repository, `owner/name`"
+    )
+    openxlab_ak: str = _variable("OPENXLAB_AK", _text, "", "OpenXLab access key")
+    openxlab_sk: str = _variable("OPENXLAB_SK", _text, "", "OpenXLab secret key")
+    openxlab_model_repo_url: str = _variable(
+        "OPENXLAB_MODEL_REPO_URL", _git_address, "", "Git LFS mirror of a model, https or ssh"
+    )
+    openxlab_model_subdir: str = _variable(
+        "OPENXLAB_MODEL_SUBDIR", _subfolder, "", "folder of the model inside that repository"
+    )
+    modelscope_id: str = _variable(
+        "MODELSCOPE_ID", _repository, "", "a ModelScope id, tried before the list"
+    )
+    model_ids: tuple[str, ...] = _variable(
+        "MODEL_IDS", _names, (), "comma-separated ids or paths in order of preference"
+    )
+    hf_model_id: str = _variable(
+        "HF_MODEL_ID", _repository, "gpt-oss/gpt-oss-20b", "last remote resort"
+    )
+    hf_endpoint: str = _variable(
+        "HF_ENDPOINT", _text, "https://huggingface.co", "Hugging Face or a mirror of it"
+    )
+    hub_order: HubOrder = _variable(
+        "HUB_ORDER", _one_of(HubOrder), "auto", "which hub first; auto: the one that answers first"
+    )
+    quant_type: QuantType = _variable(
+        "QUANT_TYPE", _one_of(QuantType), "auto", "how weights are held"
+    )
+    model_switch: ModelSwitch = _variable(
+        "MODEL_SWITCH", _one_of(ModelSwitch), "owner", "who may switch between several MODEL_IDS"
+    )
+    host: str = _variable("HOST", _text, "0.0.0.0", "address to listen on")
+    port: int = _variable("PORT", _whole(1, 65535), 7860, "port; a busy one is an error")
+    key_display: KeyDisplay = _variable(
+        "KEY_DISPLAY", _one_of(KeyDisplay), "auto", "which API key the page shows"
+    )
+    kv_cache_gb: float | None = _variable(
+        "KV_CACHE_GB", _amount(0.01, 4096), None, "memory for the KV cache; default: measured"
+    )
+    max_context: int | None = _variable(
+        "MAX_CONTEXT",
+        _whole(128, 10_000_000),
+        None,
+        "shorten the model's context to this many tokens",
+    )
+    allow_image_urls: bool = _variable(
+        "ALLOW_IMAGE_URLS", _switch, False, "fetch http(s) images that requests name"
+    )
+    image_fallback: ImageFallback = _variable(
+        "IMAGE_FALLBACK",
+        _one_of(ImageFallback),
+        "refuse",
+        "images for a text-only model over the API",
+    )
+    rate_limit_requests: int = _variable(
+        "RATE_LIMIT_REQUESTS", _whole(0, 10_000_000), 0, "requests per minute and key; 0: no limit"
+    )
+    rate_limit_tokens: int = _variable(
+        "RATE_LIMIT_TOKENS", _whole(0, 10**10), 0, "tokens per minute and key; 0: no limit"
+    )
+    rate_limit_concurrent: int = _variable(
+        "RATE_LIMIT_CONCURRENT", _whole(0, 100_000), 0, "requests at once per key; 0: no limit"
+    )
+
+    @property
+    def runtime_dir(self) -> Path:
+        return self.work_dir / RUNTIME_FOLDER
+
+
+VARIABLES: tuple[tuple[str, str, Any], ...] = tuple(
+    (f.metadata["name"], f.metadata["meaning"], f.default) for f in fields(Settings)
+)
+
+
+def from_env(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read every variable once. An empty value counts as unset. Raises BadSetting."""
+    source = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for f in fields(Settings):
+        variable = f.metadata["name"]
+        given = source.get(variable, "").strip()
+        if not given:
+            continue
+        try:
+            values[f.name] = f.metadata["cast"](given)
+        except ValueError as wrong:
+            shown = "***" if "key" in f.name or f.name.endswith(("_ak", "_sk")) else given
+            raise BadSetting(variable, _masked(shown), f"allowed is {wrong}") from None
+    values.setdefault("work_dir", _default_work_dir(source))
+    return Settings(**values)
+
+
+def _masked(address: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", address)
+
+
+def _default_work_dir(source: Mapping[str, str]) -> Path:
+    if PLATFORM_DIR.is_dir() and os.access(PLATFORM_DIR, os.W_OK):
+        return PLATFORM_DIR
+    data_home = source.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(data_home) / "gpt-oss-app"
