@@ -123,8 +123,7 @@ class Service:
             retry_after=wait,
         )
 
-    # -- requests
-    -----------------------------------------------------------------------------------
+    # -- requests ----
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
         """Events of one request. Closing the iterator early cancels the work within one step."""
