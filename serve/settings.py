@@ -22,6 +22,7 @@ ImageFallback = Literal["refuse", "drop"]
 
 PLATFORM_DIR = Path("/home/xlab-app-center")
 RUNTIME_FOLDER = "gpt_oss_app_runtime"
+SECRETS = ("app_api_key", "openxlab_ak", "openxlab_sk")
 PUBLIC_MODEL_NAME = "gpt-oss:20b"
 
 
@@ -210,10 +211,36 @@ def from_env(environ: Mapping[str, str] | None = None) -> Settings:
         try:
             values[f.name] = f.metadata["cast"](given)
         except ValueError as wrong:
-            shown = "***" if "key" in f.name or f.name.endswith(("_ak", "_sk")) else given
+            shown = "***" if f.name in SECRETS else given
             raise BadSetting(variable, _masked(shown), f"allowed is {wrong}") from None
     values.setdefault("work_dir", _default_work_dir(source))
     return Settings(**values)
+
+
+def prepare_libraries(settings: Settings) -> None:
+    """Say to libraries, before they are imported, what they only take from the environment.
+
+    A variable that the operator set stays as it is.
+    """
+    wanted = {
+        # Threads that spin while they wait starve the server's own (docs/decisions.md).
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_ENDPOINT": settings.hf_endpoint,
+        # No kernels and no code from a hub at load time.
+        "USE_HUB_KERNELS": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if settings.hf_endpoint != Settings.__dataclass_fields__["hf_endpoint"].default:
+        wanted["HF_HUB_DISABLE_XET"] = "1"  # Xet's hosts are not behind a mirror
+    for variable, value in wanted.items():
+        os.environ.setdefault(variable, value)
+    # Gradio asks its own page over HTTP while it starts; a proxy must not get that.
+    for variable in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(variable, "").split(",") if host]
+        os.environ[variable] = ",".join(dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]))
 
 
 def _masked(address: str) -> str:
