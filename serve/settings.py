@@ -151,15 +151,24 @@ class Settings:
         "HUB_ORDER", _one_of(HubOrder), "auto", "which hub first; auto: the one that answers first"
     )
     quant_type: QuantType = _variable(
-        "QUANT_TYPE", _one_of(QuantType), "auto", "how weights are held"
+        "QUANT_TYPE",
+        _one_of(QuantType),
+        "auto",
+        "how weights are held: " + " | ".join(get_args(QuantType)),
     )
     model_switch: ModelSwitch = _variable(
-        "MODEL_SWITCH", _one_of(ModelSwitch), "owner", "who may switch between several MODEL_IDS"
+        "MODEL_SWITCH",
+        _one_of(ModelSwitch),
+        "owner",
+        "who may switch between several MODEL_IDS: off | owner | all",
     )
     host: str = _variable("HOST", _text, "0.0.0.0", "address to listen on")
     port: int = _variable("PORT", _whole(1, 65535), 7860, "port; a busy one is an error")
     key_display: KeyDisplay = _variable(
-        "KEY_DISPLAY", _one_of(KeyDisplay), "auto", "which API key the page shows"
+        "KEY_DISPLAY",
+        _one_of(KeyDisplay),
+        "auto",
+        "which API key the page shows: auto | owner | guest | off",
     )
     kv_cache_gb: float | None = _variable(
         "KV_CACHE_GB", _amount(0.01, 4096), None, "memory for the KV cache; default: measured"
@@ -197,6 +206,7 @@ class Settings:
 VARIABLES: tuple[tuple[str, str, Any], ...] = tuple(
     (f.metadata["name"], f.metadata["meaning"], f.default) for f in fields(Settings)
 )
+"""Name, meaning and default of each variable, for README's table."""
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> Settings:
