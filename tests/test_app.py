@@ -61,9 +61,9 @@ class TestTheEmbeddedModel:
     ) -> None:
         client = OpenAI(base_url=f"{embedded_app.base}/v1", api_key=KEY, max_retries=0)
         with client:
-            whole = client.chat.completions.create(**BODY)  # type: ignore[call-overload]
-            chunks = list(client.chat.completions.create(**BODY, stream=True))  # type:
-            ignore[call-overload] assert "SmolLM2" in client.models.list().data[0].id
+            whole = client.chat.completions.create(**BODY)
+            chunks = list(client.chat.completions.create(**BODY, stream=True))
+            assert "SmolLM2" in client.models.list().data[0].id
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert "Paris" in whole.choices[0].message.content
         assert text == whole.choices[0].message.content
