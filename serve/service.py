@@ -13,6 +13,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import assert_never
 
 from serve.engine.face import (
@@ -25,7 +26,7 @@ from serve.engine.face import (
     TokenScore,
     Waiting,
 )
-from serve.errors import ModelLoading, ModelNotFound, ServeError, Unavailable
+from serve.errors import Forbidden, ModelLoading, ModelNotFound, ServeError, Unavailable
 from serve.formats.base import ChatFormat, Rendered, StreamParser
 from serve.values import (
     Accepted,
@@ -66,6 +67,7 @@ class Service:
         self._public_name = public_name
         self._served: ServedModel | None = None
         self._status = Status(requested=requested)
+        self._wanted: SimpleQueue[str | None] = SimpleQueue()
 
     # -- what serves, and how far it is (written by the loading thread, one writer) ----------------
 
@@ -74,6 +76,22 @@ class Service:
 
     def pass_over(self, candidate: PassedOver) -> None:
         self._status = replace(self._status, passed_over=(*self._status.passed_over, candidate))
+
+    def offer(self, ids: Sequence[str]) -> None:
+        """The models that fit this machine, by id; they may be switched between."""
+        self._status = replace(self._status, offered=tuple(ids))
+
+    def wait_for_switch(self) -> str | None:
+        """For the loading thread: the next model that somebody wants, or None when all is over."""
+        return self._wanted.get()
+
+    def detach(self) -> ServedModel | None:
+        """From now on requests are told that a model is loading. Running ones keep their engine;
+        the caller drains and closes it."""
+        served, self._served = self._served, None
+        loading = Progress("loading")
+        self._status = replace(self._status, model=None, progress=loading)
+        return served
 
     def attach(self, served: ServedModel) -> None:
         """From now on `served` answers."""
@@ -95,9 +113,33 @@ class Service:
         """The card of a served model by id or alias. Raises ModelNotFound or ModelLoading."""
         return self._find(name).card
 
+    def switch(self, name: str) -> ServeError:
+        """Ask for an offered model; running requests end first. Returns what to tell callers."""
+        self._wanted.put(name)
+        return ModelLoading(
+            f"The model {name!r} is being loaded in place of the one served now. Try again soon.",
+            retry_after=10,
+        )
+
     def close(self, drain_seconds: float = 0.0) -> None:
+        self._wanted.put(None)
         if self._served is not None:
             self._served.engine.close(drain_seconds)
+
+    def _resolve(self, request: ChatRequest | TextRequest) -> ServedModel:
+        """The model a request names, or the ServeError that says why it cannot answer."""
+        name = request.model
+        served = self._served
+        is_elsewhere = name in self._status.offered and served and name != served.card.id
+        if not is_elsewhere:
+            return self._find(name)
+        if not request.may_switch:
+            raise Forbidden(
+                f"The model {name!r} is not loaded, and this key may not switch models "
+                "(MODEL_SWITCH).",
+                param="model",
+            )
+        raise self.switch(name)
 
     def _find(self, name: str) -> ServedModel:
         served = self._served
@@ -128,7 +170,7 @@ class Service:
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Event]:
         """Events of one request. Closing the iterator early cancels the work within one step."""
         try:
-            served = self._find(request.model)
+            served = self._resolve(request)
             rendered = await _off_loop(lambda: served.format.render(request))
         except ServeError as error:
             yield Failed(error)
@@ -142,7 +184,7 @@ class Service:
     async def complete(self, request: TextRequest) -> AsyncGenerator[Event]:
         """Events of a raw prompt's continuation: text only."""
         try:
-            served = self._find(request.model)
+            served = self._resolve(request)
             rendered = await _off_loop(lambda: served.format.render_text(request))
         except ServeError as error:
             yield Failed(error)

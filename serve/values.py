@@ -146,7 +146,8 @@ class ChatRequest:
     """A conversation to continue.
 
     `tenant` names whose budget, fairness turn and prefix cache this is (a key's fingerprint, never
-    the key). `template_options` holds only allow-listed chat template arguments.
+    the key). `template_options` holds only allow-listed chat template arguments. `may_switch` lets
+    a request for an offered model that is not loaded start its loading.
     """
 
     messages: Sequence[Message]
@@ -161,6 +162,7 @@ class ChatRequest:
     continue_final_message: bool = False
     tenant: str = ""
     request_id: str = ""
+    may_switch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class TextRequest:
     model: str = "default"
     tenant: str = ""
     request_id: str = ""
+    may_switch: bool = False
 
 
 # ---- what a model answers ---------------------------------------------------------------------
@@ -338,12 +341,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The answer to: what serves here, how far is it, and why not the one asked for."""
+    """The answer to: what serves here, how far is it, and why not the one asked for.
+
+    `offered` are the ids that fit this machine and can be switched to, the served one among them.
+    """
 
     progress: Progress = field(default_factory=Progress)
     model: ModelCard | None = None
     requested: str = ""
     passed_over: tuple[PassedOver, ...] = ()
+    offered: tuple[str, ...] = ()
     running: int = 0
     waiting: int = 0
 

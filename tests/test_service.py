@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from serve.engine.scripted import HANG, Say, ScriptedEngine
 from serve.errors import (
     ContextLengthExceeded,
     EngineFailed,
+    Forbidden,
     InvalidRequest,
     ModelLoading,
     ModelNotFound,
@@ -219,3 +221,32 @@ def test_a_failed_load_points_to_ready() -> None:
     service.report(Progress("failed"))
     with pytest.raises(Unavailable, match="/ready"):
         service.model("default")
+
+
+def test_an_offered_model_is_switched_to_by_who_may() -> None:
+    service = service_with(ScriptedEngine([END], eos_ids={END}))
+    service.offer(["tiny/model", "other/model"])
+    asked = ChatRequest([Message("user", (TextPart("hi"),))], model="other/model")
+    refused = events_of(service, asked)[0]
+    assert isinstance(refused, Failed) and isinstance(refused.error, Forbidden)
+    told = events_of(service, replace(asked, may_switch=True))[0]
+    assert isinstance(told, Failed) and isinstance(told.error, ModelLoading)
+    assert service.wait_for_switch() == "other/model"
+    assert service.status().offered == ("tiny/model", "other/model")
+
+
+def test_a_detached_model_ends_what_runs_and_takes_no_more() -> None:
+    engine = ScriptedEngine([Say(ids("a")), 0.3, Say(ids("b")), END], eos_ids={END})
+    service = service_with(engine)
+
+    async def detach_in_the_middle() -> tuple[list[Event], list[Event]]:
+        events: list[Event] = []
+        async for event in service.chat(ask()):
+            events.append(event)
+            if said(events) == "a":
+                service.detach()
+        return events, [event async for event in service.chat(ask())]
+
+    before, after = asyncio.run(detach_in_the_middle())
+    assert said(before) == "ab" and isinstance(before[-1], Finished)
+    assert isinstance(after[0], Failed) and isinstance(after[0].error, ModelLoading)
