@@ -1,0 +1,24 @@
+"""Which format a loaded model speaks, told from its tokenizer and chat template, not its name.
+
+Called once by app.py after loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve.formats.base import ChatFormat
+from serve.formats.template import TemplateFormat
+from serve.formats.vocabulary import Vocabulary
+
+
+def choose(
+    tokenizer: Any,
+    model_type: str = "",
+    eos_ids: frozenset[int] = frozenset(),
+    vocabulary_size: int = 0,
+) -> ChatFormat:
+    """`vocabulary_size` is how many ids the model's output layer has; it may be more than the
+    tokenizer knows."""
+    vocabulary = Vocabulary(tokenizer, vocabulary_size)
+    return TemplateFormat(vocabulary, eos_ids)
