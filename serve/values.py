@@ -34,11 +34,17 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """One picture as encoded bytes (PNG, JPEG, WebP or GIF); already fetched and checked."""
+    """One picture as encoded bytes (PNG, JPEG, WebP or GIF), its header checked.
+
+    `url` is set, and `data` empty, only until an address that a request names is fetched. `where`
+    is the request's field, for errors.
+    """
 
     data: bytes
     media_type: str = "image/png"
     detail: Literal["auto", "low", "high"] = "auto"
+    url: str = ""
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
