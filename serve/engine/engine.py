@@ -1,0 +1,387 @@
+"""The engine: one thread that owns the model, and the promise of one end per request.
+
+Any thread may submit and cancel; both only leave a note in the inbox. The thread reads the inbox,
+lets the scheduler choose, runs the model once, hands each drawn id to its request's mailbox, and
+does it again. Whatever goes wrong in a step ends the requests of that step with a clear error and
+nothing else. Knows no text, no roles and no HTTP; made by create_engine for app.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from serve.engine.cache import KVCache
+from serve.engine.config import EngineConfig
+from serve.engine.demand import Line, Rate
+from serve.engine.face import EngineStats, GenerationRequest, Mailbox, Waiting
+from serve.engine.runner import Runner, StepInputs, create_runner, token_inputs
+from serve.engine.sampling import Draw, mix
+from serve.engine.scheduler import Chunk, Scheduler
+from serve.engine.sequence import Request, Sequence, Status
+from serve.engine.validation import check_request
+from serve.errors import EngineFailed, OutOfMemory, Overloaded, ServeError, Unavailable
+
+log = logging.getLogger(__name__)
+
+TELL_WAITING_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    number: int
+    choice: int | None
+
+
+class PagedEngine:
+    """serve.engine.face.Engine on a paged cache. `eos_ids` end every request's choices."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        config: EngineConfig,
+        *,
+        eos_ids: frozenset[int],
+        context_length: int,
+        vocabulary: int,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = Scheduler(cache, config.max_running, config.prefill_chunk)
+        self._config = config
+        self._eos_ids = eos_ids
+        self._context_length = context_length
+        self._vocabulary = vocabulary
+        self._numbers = itertools.count(1)
+        self._seeds = random.SystemRandom()
+        self._requests: dict[int, Request] = {}
+        self._touched: dict[int, Request] = {}
+        self._lock = threading.Condition()
+        self._inbox: deque[Request | _Cancel] = deque()
+        self._line = Line()
+        self._is_closing = False
+        self._is_stopped = False
+        self._step_began = 0.0
+        self._rate = Rate()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> PagedEngine:
+        self._thread.start()
+        return self
+
+    # -- for any thread ----------------------------------------------------------------------------
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    def submit(self, request: GenerationRequest, mailbox: Mailbox) -> int:
+        check_request(request, self._vocabulary, self._context_length)
+        made = self._make(request, mailbox)
+        with self._lock:
+            if self._is_closing or self._is_stopped:
+                raise Unavailable("The engine is shutting down. Try again later.", retry_after=10)
+            self._check_line(made)
+            self._line.enter(made)
+            self._inbox.append(made)
+            self._lock.notify_all()
+        return made.number
+
+    def cancel(self, number: int, choice: int | None = None) -> None:
+        with self._lock:
+            self._inbox.append(_Cancel(number, choice))
+            self._lock.notify_all()
+
+    def stats(self) -> EngineStats:
+        began = self._step_began
+        cache = self._scheduler.cache
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=self._line.requests,
+            kv_blocks_total=cache.total_blocks,
+            kv_blocks_free=cache.free_blocks,
+            tokens_per_second=self._rate.value(time.monotonic()),
+            last_step_age_seconds=time.monotonic() - began if began else 0.0,
+            is_alive=self._thread.is_alive() and not self._is_stopped,
+        )
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        until = time.monotonic() + drain_seconds
+        with self._lock:
+            self._is_closing = True
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: self._is_stopped, max(0.0, until - time.monotonic()))
+            self._is_stopped = True
+            self._lock.notify_all()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=30.0)
+
+    # -- the engine's thread -----------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Read the inbox, schedule, run, advance, deliver."""
+        self._read_inbox()
+        chunks = self._scheduler.schedule()
+        if chunks:
+            draws = self._run(chunks)
+            self._advance(draws)
+        self._deliver()
+
+    def _loop(self) -> None:
+        while self._wait_for_work():
+            self._step_began = time.monotonic()
+            try:
+                self.step()
+            except Exception as error:  # the engine's boundary: the step's requests fail, no others
+                log.exception("A step of the engine failed")
+                self._fail_all(error)
+            finally:
+                self._step_began = 0.0
+        self._cancel_everything()
+
+    def _wait_for_work(self) -> bool:
+        """False when the thread is to end."""
+        with self._lock:
+            while not self._is_stopped:
+                if self._inbox or self._scheduler.has_work:
+                    return True
+                if self._is_closing:
+                    self._is_stopped = True
+                    self._lock.notify_all()
+                    return False
+                self._scheduler.check()
+                self._lock.wait()
+            return False
+
+    def _read_inbox(self) -> None:
+        with self._lock:
+            notes = list(self._inbox)
+            self._inbox.clear()
+        for note in notes:
+            if isinstance(note, Request):
+                self._requests[note.number] = note
+                for sequence in note.sequences:
+                    grammar = note.generation.grammar
+                    sequence.matcher = None if grammar is None else grammar.matcher()
+                self._scheduler.add(note)
+            elif (request := self._requests.get(note.number)) is not None:
+                self._cancel(request, note.choice)
+        self._expire()
+
+    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
+        """Run the chunks; each with what it drew, if it draws. A step that fails ends its own
+        requests; one that has no memory is halved once first."""
+        try:
+            return self._run_once(chunks)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                return self._fail_chunks(chunks, error)
+            return self._run_half(chunks)
+        except Exception as error:  # the engine's boundary, as above
+            return self._fail_chunks(chunks, error)
+
+    def _run_once(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
+        draws = iter(self._runner.run(chunks))
+        done = [(chunk, next(draws) if chunk.draws else None) for chunk in chunks]
+        for chunk in chunks:
+            self._scheduler.computed(chunk)
+        return done
+
+    def _run_half(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
+        self._runner.free_memory()
+        chunks = sorted(chunks, key=lambda chunk: chunk.sequence.age)
+        half = sorted(chunks[: max(len(chunks) // 2, 1)], key=lambda chunk: chunk.count)
+        log.warning("Out of memory with %d sequences; trying %d", len(chunks), len(half))
+        for chunk in chunks[len(half) :]:
+            self._scheduler.preempt(chunk.sequence)
+        try:
+            return self._run_once(half)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                return self._fail_chunks(half, error)
+            self._runner.free_memory()
+            largest = max(half, key=lambda chunk: (chunk.count, chunk.end))
+            return self._fail_chunks([largest], error)
+
+    def _fail_chunks(
+        self, chunks: list[Chunk], error: BaseException
+    ) -> list[tuple[Chunk, Draw | None]]:
+        log.error("A step of %d sequences failed", len(chunks), exc_info=error)
+        for request in {chunk.sequence.request.number: chunk.sequence.request for chunk in chunks}:
+            self._end(self._requests[request], _public(error))
+        return []
+
+    def _advance(self, done: list[tuple[Chunk, Draw | None]]) -> None:
+        now = time.monotonic()
+        self._rate.add(now, sum(draw is not None for _, draw in done))
+        for chunk, draw in done:
+            sequence = chunk.sequence
+            if draw is None or sequence.status is Status.ENDED:
+                continue
+            request = sequence.request
+            if draw.problem is not None:
+                self._end(request, EngineFailed(draw.problem))
+                continue
+            sequence.append(draw.token, draw.score, now)
+            self._touched[request.number] = request
+            if sequence.reason is not None:
+                self._scheduler.drop(sequence)
+                self._end_if_complete(request)
+
+    def _deliver(self) -> None:
+        for request in self._touched.values():
+            if request.outbox:
+                messages, request.outbox = request.outbox, []
+                request.mailbox.post(messages)
+        self._touched.clear()
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def _cancel(self, request: Request, choice: int | None) -> None:
+        for sequence in request.sequences:
+            if choice in (None, sequence.choice) and sequence.status is not Status.ENDED:
+                request.is_cancelled |= choice is None
+                self._scheduler.drop(sequence)
+        self._end_if_complete(request)
+
+    def _end_if_complete(self, request: Request) -> None:
+        if all(sequence.status is Status.ENDED for sequence in request.sequences):
+            self._end(request, None)
+
+    def _end(self, request: Request, error: ServeError | None) -> None:
+        if request.is_ended:
+            return
+        request.is_ended = True
+        for sequence in request.sequences:
+            if sequence.status is not Status.ENDED:
+                self._scheduler.drop(sequence)
+        self._line.leave(request)
+        del self._requests[request.number]
+        request.outbox.append(request.ended(error, time.monotonic()))
+        self._touched[request.number] = request
+
+    def _fail_all(self, error: Exception) -> None:
+        """Something outside the model's run broke: nothing that runs can be trusted."""
+        for request in list(self._requests.values()):
+            self._end(request, _public(error))
+        self._deliver()
+
+    def _cancel_everything(self) -> None:
+        self._read_inbox()
+        for request in list(self._requests.values()):
+            self._cancel(request, None)
+        self._deliver()
+        with self._lock:
+            self._is_stopped = True
+            self._lock.notify_all()
+
+    # -- the queue ---------------------------------------------------------------------------------
+
+    def _make(self, request: GenerationRequest, mailbox: Mailbox) -> Request:
+        sampling = request.sampling
+        room = self._context_length - len(request.prompt.ids)
+        ends = request.stop_ids | frozenset(sampling.stop_token_ids)
+        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
+        made = Request(
+            number=next(self._numbers),
+            generation=request,
+            mailbox=mailbox,
+            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            ends=ends if sampling.ignore_eos else ends | self._eos_ids,
+            seed=seed,
+            counts_draws=bool(
+                sampling.frequency_penalty
+                or sampling.presence_penalty
+                or sampling.repetition_penalty != 1.0
+            ),
+        )
+        made.sequences = [
+            Sequence(made, choice, list(request.prompt.ids), mix(seed % 2**64) ^ choice)
+            for choice in range(sampling.n)
+        ]
+        return made
+
+    def _check_line(self, request: Request) -> None:
+        line, config = self._line, self._config
+        is_full = line.requests >= config.max_waiting
+        if not is_full and line.tokens + request.prompt_length <= config.max_waiting_tokens:
+            return
+        if not line.requests:
+            return  # a lone request is never too much
+        wait = line.wait_seconds(line.requests)
+        wait = 10.0 if wait is None else min(max(wait, 1.0), 600.0)
+        raise Overloaded(
+            f"{line.requests} requests are waiting already. Try again in {wait:.0f} s.",
+            retry_after=wait,
+        )
+
+    def _expire(self) -> None:
+        """Tell those who wait their place; end those who waited too long."""
+        now, timeout = time.monotonic(), self._config.queue_timeout
+        for sequence in self._scheduler.running:
+            self._line.leave(sequence.request)
+        if now < self._line.told_at + TELL_WAITING_SECONDS:
+            return
+        self._line.told_at = now
+        for ahead, sequence in enumerate(list(self._scheduler.waiting)):
+            request = sequence.request
+            if timeout is not None and now - request.arrived > timeout:
+                waited = f"It waited {timeout:.0f} s for its turn."
+                self._end(request, Overloaded(waited, retry_after=timeout))
+            elif request.told_ahead != ahead:
+                request.told_ahead = ahead
+                request.outbox.append(Waiting(ahead, self._line.wait_seconds(ahead)))
+                self._touched[request.number] = request
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError on a GPU, and a RuntimeError naming its allocator on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _public(error: BaseException) -> ServeError:
+    """What a caller may read about it; the rest is in the log."""
+    if isinstance(error, ServeError):
+        return error
+    if _is_out_of_memory(error):
+        return OutOfMemory(
+            "The model ran out of memory on this request. Try a shorter one.", retry_after=5
+        )
+    return EngineFailed("The model failed on this request. The server's log has the details.")
+
+
+def create_engine(
+    model: Any,
+    *,
+    eos_ids: Iterable[int],
+    context_length: int,
+    device: Any,
+    inputs: StepInputs = token_inputs,
+    config: EngineConfig | None = None,
+) -> PagedEngine:
+    """An engine that runs `model`, a stock transformers model in eval mode on `device`; its thread
+    is started. The context may be shortened to what the cache holds (`engine.context_length`)."""
+    config = config or EngineConfig()
+    runner, cache, context_length = create_runner(
+        model, device, context_length=context_length, config=config, inputs=inputs
+    )
+    engine = PagedEngine(
+        runner,
+        cache,
+        config,
+        eos_ids=frozenset(eos_ids),
+        context_length=context_length,
+        vocabulary=runner.vocabulary,
+    )
+    return engine.start()

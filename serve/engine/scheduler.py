@@ -1,0 +1,217 @@
+"""Who runs next: admission, chunked prefill, decode, preemption. Plain Python, no torch.
+
+Every step decodes all running sequences first, then spends what is left of the step's prompt budget
+on prompts, shared so that a short prompt is not held up by a long one. New requests come in turn by
+tenant, first come first served within one. When blocks run out, the youngest sequence gives all its
+blocks back and is computed again later. Knows sequences and the cache's books; engine.py drives it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from serve.engine.cache import KVCache
+from serve.engine.sequence import Request, Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` ids of a sequence to compute from `start`. The last of its ids draws a new one."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def draws(self) -> bool:
+        return self.end == len(self.sequence.ids)
+
+
+class WaitingLine:
+    """Requests' sequences that have not begun: one line per tenant, tenants take turns."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, deque[Sequence]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In the order they would be admitted."""
+        rounds = max(map(len, self._lines.values()), default=0)
+        for place in range(rounds):
+            for line in self._lines.values():
+                if place < len(line):
+                    yield line[place]
+
+    def push(self, sequence: Sequence) -> None:
+        self._lines.setdefault(sequence.request.tenant, deque()).append(sequence)
+
+    def first(self) -> Sequence | None:
+        return next(iter(self._lines.values()))[0] if self._lines else None
+
+    def pop(self) -> Sequence:
+        """The first; its tenant goes to the end of the round."""
+        tenant, line = self._lines.popitem(last=False)
+        sequence = line.popleft()
+        if line:
+            self._lines[tenant] = line
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        tenant = sequence.request.tenant
+        line = self._lines.get(tenant)
+        if line is None or sequence not in line:
+            return
+        line.remove(sequence)
+        if not line:
+            del self._lines[tenant]
+
+
+class Scheduler:
+    """`max_running` sequences at once, `prefill_chunk` prompt tokens a step."""
+
+    def __init__(self, cache: KVCache, max_running: int, prefill_chunk: int) -> None:
+        self.cache = cache
+        self.max_running = max_running
+        self.prefill_chunk = prefill_chunk
+        self.running: list[Sequence] = []
+        self.waiting = WaitingLine()
+        self.returning: list[Sequence] = []  # preempted, or choices of a computed prompt
+        self.preemptions = 0
+        self._rows = list(range(max_running - 1, -1, -1))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.returning or len(self.waiting))
+
+    def add(self, request: Request) -> None:
+        """Queue a request's first choice; the others follow when its prompt is in the cache."""
+        self.waiting.push(request.sequences[0])
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of this step, decodes first. Their blocks are taken."""
+        chunks = self._decodes()
+        self._admit()
+        chunks += self._prefills()
+        while not chunks and self.running:
+            # Prompts that hold blocks wait for each other: the youngest makes room.
+            self.preempt(max(self.running, key=lambda s: s.age))
+            chunks = self._prefills()
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk's keys and values are in the cache (before its drawn id is appended)."""
+        sequence = chunk.sequence
+        self.cache.advance(sequence, chunk.end)
+        if chunk.draws and not sequence.has_prefilled:
+            sequence.has_prefilled = True
+            self._release_siblings(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """It ended, whatever its state: blocks and row go back."""
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        elif sequence in self.returning:
+            self.returning.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = Status.ENDED
+        if not sequence.has_prefilled:
+            sequence.has_prefilled = True
+            self._release_siblings(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Give its blocks back now and compute it again when there is room."""
+        self._leave(sequence)
+        sequence.status = Status.WAITING
+        self._return(sequence)
+        self.preemptions += 1
+
+    def check(self) -> None:
+        self.cache.check(self.running)
+        rows = sorted(self._rows + [s.row for s in self.running])
+        assert rows == list(range(self.max_running)), "a row is lost"
+        assert all(s.status is Status.RUNNING for s in self.running)
+        assert all(s.status is Status.WAITING for s in [*self.returning, *self.waiting])
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _decodes(self) -> list[Chunk]:
+        chunks = []
+        for sequence in sorted(self.running, key=lambda s: s.age):
+            is_preempted = sequence.status is not Status.RUNNING  # by an older one, in this loop
+            if is_preempted or sequence.uncomputed > 1 or not sequence.has_prefilled:
+                continue
+            if self._make_room(sequence):
+                chunks.append(Chunk(sequence, sequence.computed, 1))
+        return chunks
+
+    def _prefills(self) -> list[Chunk]:
+        """Share the budget: each may take an equal part, what a short one leaves goes on."""
+        budget, chunks = self.prefill_chunk, []
+        prompts = [s for s in self.running if s.uncomputed > 1 or not s.has_prefilled]
+        prompts.sort(key=lambda s: s.uncomputed)
+        for left, sequence in zip(range(len(prompts), 0, -1), prompts, strict=True):
+            count = min(sequence.uncomputed, max(budget // left, 1), budget)
+            if count and self.cache.extend(sequence, sequence.computed + count):
+                chunks.append(Chunk(sequence, sequence.computed, count))
+                budget -= count
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for its next token, preempting the youngest for it. False: that was itself."""
+        while not self.cache.extend(sequence, sequence.computed + 1):
+            youngest = max(self.running, key=lambda s: s.age)
+            self.preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _admit(self) -> None:
+        """Let in who fits beside what the running ones will still take, and one block each to
+        grow."""
+        budget = self.prefill_chunk - sum(s.uncomputed for s in self.running if s.uncomputed > 1)
+        while len(self.running) < self.max_running and budget > 0:
+            sequence = self.returning[0] if self.returning else self.waiting.first()
+            if sequence is None or not self.cache.can_admit(
+                sequence, self.prefill_chunk, self.running
+            ):
+                return
+            if self.returning:
+                self.returning.pop(0)
+            else:
+                self.waiting.pop()
+            self._enter(sequence)
+            budget -= sequence.uncomputed
+
+    def _enter(self, sequence: Sequence) -> None:
+        shared = self.cache.admit(sequence)
+        sequence.row = self._rows.pop()
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        if sequence.choice == 0 and not sequence.drawn:
+            sequence.request.cached_tokens = shared
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.cache.release(sequence)
+        self._rows.append(sequence.row)
+        sequence.row = -1
+
+    def _return(self, sequence: Sequence) -> None:
+        self.returning.append(sequence)
+        self.returning.sort(key=lambda s: s.age)
+
+    def _release_siblings(self, sequence: Sequence) -> None:
+        """The prompt's blocks are known now: the other choices share them."""
+        if sequence.choice == 0:
+            for sibling in sequence.request.sequences[1:]:
+                if sibling.status is Status.WAITING and sibling not in self.returning:
+                    self._return(sibling)
