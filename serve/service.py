@@ -20,6 +20,7 @@ from serve.engine.face import (
     AsyncMailbox,
     Ended,
     Engine,
+    EngineStats,
     GenerationRequest,
     SequenceEnded,
     Tokens,
@@ -105,6 +106,10 @@ class Service:
             return self._status
         stats = self._served.engine.stats()
         return replace(self._status, running=stats.running, waiting=stats.waiting)
+
+    def engine_stats(self) -> EngineStats | None:
+        """None while no model serves."""
+        return None if self._served is None else self._served.engine.stats()
 
     def models(self) -> tuple[ModelCard, ...]:
         return () if self._served is None else (self._served.card,)
