@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any, Literal, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from serve.errors import ServeError
 from serve.values import Sampling
@@ -175,7 +175,7 @@ class _Doorbell:
     it holds: at 32 streams a step costs one wake-up, not 32."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = ref(loop)  # weakly: the table below must not keep a loop alive
         self._lock = Lock()
         self._arrived: list[tuple[AsyncMailbox, Sequence[Message]]] = []
 
@@ -184,8 +184,10 @@ class _Doorbell:
             self._arrived.append((mailbox, messages))
             if len(self._arrived) > 1:
                 return  # the loop has been called and has not come yet
+        loop = self._loop()
         try:
-            self._loop.call_soon_threadsafe(self._answer)
+            if loop is not None:
+                loop.call_soon_threadsafe(self._answer)
         except RuntimeError:  # the loop is closed: nobody reads any more
             pass
 
