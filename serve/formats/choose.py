@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from serve.formats.base import ChatFormat
+from serve.formats.harmony import HarmonyFormat
+from serve.formats.harmony_render import marks_of
 from serve.formats.template import TemplateFormat
 from serve.formats.vocabulary import Vocabulary
 
@@ -21,4 +23,7 @@ def choose(
     """`vocabulary_size` is how many ids the model's output layer has; it may be more than the
     tokenizer knows."""
     vocabulary = Vocabulary(tokenizer, vocabulary_size)
+    marks = marks_of(vocabulary)
+    if marks is not None:
+        return HarmonyFormat(vocabulary, marks)
     return TemplateFormat(vocabulary, eos_ids)

@@ -1,0 +1,117 @@
+"""Harmony, the format of gpt-oss: roles and channels on token ids.
+
+The ids of its control tokens are looked up in the model's own tokenizer; nothing is downloaded.
+Rendering is in harmony_render.py, reading in harmony_parse.py, what binds the answer in grammar.py.
+Made by choose.py, called by service.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+from typing import cast
+
+from serve.engine.face import Prompt
+from serve.errors import InvalidRequest, Unsupported
+from serve.formats.base import Rendered, StreamParser
+from serve.formats.calls import CallWriter
+from serve.formats.harmony_parse import HarmonyParser
+from serve.formats.harmony_render import EFFORTS, Marks, render
+from serve.formats.template import allowed_options, raw_prompt
+from serve.formats.text import ContentWriter, TextParser
+from serve.formats.vocabulary import Vocabulary
+from serve.values import Capabilities, ChatRequest, Effort, TextRequest, Tool
+
+
+class HarmonyFormat:
+    """`today` gives the date that the system message tells."""
+
+    name = "harmony"
+
+    def __init__(
+        self, vocabulary: Vocabulary, marks: Marks, today: Callable[[], date] = date.today
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._marks = marks
+        self._today = today
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            vision=None, tools=True, reasoning=True, efforts=("low", "medium", "high")
+        )
+
+    def render(self, request: ChatRequest) -> Rendered:
+        _check(request)
+        ids = render(
+            self._vocabulary,
+            self._marks,
+            request,
+            effort=EFFORTS[_effort(request)],
+            today=self._today(),
+            tools=tools_shown(request),
+        )
+        return Rendered(Prompt(ids), frozenset({self._marks.returns, self._marks.call}))
+
+    def parser(self, request: ChatRequest, choice: int = 0) -> StreamParser:
+        tools = tools_shown(request)
+        limit = None if request.parallel_tool_calls else 1
+        return HarmonyParser(
+            self._vocabulary,
+            self._marks,
+            CallWriter([tool.name for tool in tools], choice, limit),
+            ContentWriter(self._vocabulary, request.sampling.stop, choice),
+            choice=choice,
+            starts_open=request.continue_final_message,
+            takes_calls=bool(tools),
+            shows_preambles=request.response_format.kind == "text",
+        )
+
+    def render_text(self, request: TextRequest) -> Rendered:
+        return Rendered(Prompt(raw_prompt(self._vocabulary, request.prompt)))
+
+    def text_parser(self, request: TextRequest) -> StreamParser:
+        return TextParser(
+            self._vocabulary,
+            hidden=self._vocabulary.control_ids,
+            stops=request.sampling.stop,
+            is_start=False,
+        )
+
+
+def tools_shown(request: ChatRequest) -> tuple[Tool, ...]:
+    """The tools that the model may call: none with tool_choice "none", the named ones where it
+    names some."""
+    choice = request.tool_choice
+    if choice.mode == "none":
+        return ()
+    if choice.names:
+        return tuple(tool for tool in request.tools if tool.name in choice.names)
+    return request.tools
+
+
+def _effort(request: ChatRequest) -> Effort:
+    options = allowed_options(request)
+    effort = request.reasoning_effort or options.get("reasoning_effort")
+    if effort is None:
+        return "low" if options.get("enable_thinking") is False else "medium"
+    if effort not in EFFORTS:
+        raise InvalidRequest(
+            f"reasoning_effort {effort!r} is none of {', '.join(EFFORTS)}.",
+            param="reasoning_effort",
+        )
+    return cast(Effort, effort)
+
+
+def _check(request: ChatRequest) -> None:
+    if not request.messages:
+        raise InvalidRequest("At least one message is needed.", param="messages")
+    if any(message.images for message in request.messages):
+        raise Unsupported(
+            "This model reads text only: leave the images out, or ask a model that sees.",
+            param="messages",
+        )
+    if request.continue_final_message and request.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            "To continue a message, the last one must be the assistant's.",
+            param="continue_final_message",
+        )
