@@ -1,0 +1,48 @@
+// Runs before the first paint: theme and language, so that nothing flashes, and the bridge that
+// Gradio's parts call (see serve/ui/page.py), which may happen before main.js has loaded.
+(() => {
+  const saved = JSON.parse(localStorage.getItem("page-settings") || "{}");
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const paint = () => {
+    const theme = window.chatPage.theme;
+    const isDark = theme === "dark" || (theme !== "light" && dark.matches);
+    document.documentElement.dataset.theme = isDark ? "dark" : "light";
+    document.body?.classList.toggle("dark", isDark);
+  };
+  const chinese = /^zh\b/i.test(saved.language || navigator.language);
+  document.documentElement.lang = chinese ? "zh-CN" : "en";
+  window.chatPage = {
+    theme: saved.theme || "system",
+    paint,
+    bridge: {
+      slot: null,
+      onpage: null,
+      onnews: null,
+      onprepare: null,
+      onfill: null,
+      page(element, trigger) {
+        this.slot = { element, trigger };
+        this.onpage?.();
+      },
+      news(value) {
+        this.onnews?.(value);
+      },
+      prepare(box, turn, memory) {
+        return this.onprepare(box, turn, memory);
+      },
+      fill() {
+        return this.onfill();
+      },
+    },
+  };
+  dark.addEventListener("change", paint);
+  paint();
+  // Gradio sets its own class on the body once it starts: ours is the one that counts.
+  document.addEventListener("DOMContentLoaded", () => {
+    paint();
+    new MutationObserver(() => {
+      const isDark = document.documentElement.dataset.theme === "dark";
+      if (document.body.classList.contains("dark") !== isDark) paint();
+    }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  });
+})();

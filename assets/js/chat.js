@@ -1,0 +1,317 @@
+// The conversation: a tree whose siblings are versions, the turns asked of the server, the news
+// that comes back. Knows no layout: it tells its `view` what changed.
+//
+// A turn travels as small as it can: the server remembers what this page has said (`synced`), and
+// says "need_history" when it does not (it was restarted); then the whole path goes along once.
+
+import { newId } from "./dom.js";
+import { dataAddress } from "./store.js";
+
+const SAVE_EVERY = 1500;
+const LARGEST_PICTURE = 4_000_000;
+
+export class Chat {
+  constructor(store, settings, bridge) {
+    this.store = store;
+    this.settings = settings;
+    this.bridge = bridge;
+    this.view = null;
+    this.synced = new Set();
+    this.run = null; // {conversation, node, question, since, last}
+    this.pending = null; // a turn to send when Gradio asks for it
+    this.saved = 0;
+    this.startNew();
+    bridge.onprepare = (box, turn, memory) => this.prepare(box, turn, memory);
+    bridge.onnews = (snapshot) => this.news(snapshot);
+  }
+
+  // -- the tree ----------------------------------------------------------------------------------
+
+  startNew() {
+    const now = Date.now();
+    this.conversation = { id: newId(), title: "", created: now, updated: now, leaf: "", nodes: {} };
+  }
+
+  open(conversation) {
+    for (const node of Object.values(conversation.nodes)) {
+      if (node.state === "running" && node.id !== this.run?.node.id) node.state = "stopped";
+    }
+    const running = this.run?.conversation;
+    this.conversation = running?.id === conversation.id ? running : conversation;
+  }
+
+  path(conversation = this.conversation, leaf = conversation.leaf) {
+    const path = [];
+    for (let node = conversation.nodes[leaf]; node; node = conversation.nodes[node.parent]) {
+      path.unshift(node);
+    }
+    return path;
+  }
+
+  versions(node) {
+    return Object.values(this.conversation.nodes)
+      .filter((other) => other.parent === node.parent && other.role === node.role)
+      .sort((a, b) => a.time - b.time);
+  }
+
+  /** Show another version; what was said below it is shown again as it was left. */
+  choose(node) {
+    let leaf = node;
+    for (;;) {
+      const next = Object.values(this.conversation.nodes).filter((n) => n.parent === leaf.id);
+      if (!next.length) break;
+      leaf = next.reduce((a, b) => ((b.seen ?? b.time) > (a.seen ?? a.time) ? b : a));
+    }
+    for (const shown of this.path(this.conversation, leaf.id)) shown.seen = Date.now();
+    this.conversation.leaf = leaf.id;
+    this.save();
+    this.view.drawAll();
+  }
+
+  #add(node) {
+    const whole = { id: newId(), time: Date.now(), text: "", state: "done", ...node };
+    this.conversation.nodes[whole.id] = whole;
+    this.conversation.leaf = whole.id;
+    return whole;
+  }
+
+  async save(conversation = this.conversation) {
+    if (!Object.keys(conversation.nodes).length) return;
+    this.saved = Date.now();
+    await this.store.put(conversation);
+    this.view?.listChanged();
+  }
+
+  // -- asking ------------------------------------------------------------------------------------
+
+  get isRunning() {
+    return this.run !== null;
+  }
+
+  /** Another answer to the same question, beside the first. */
+  retry(answer) {
+    this.#ask(this.conversation.nodes[answer.parent], {});
+  }
+
+  /** The question said otherwise: a sibling, with the same files, answered. */
+  edit(question, text) {
+    const node = this.#add({ role: "user", parent: question.parent, text, files: question.files });
+    const files = question.files?.length ? question.id : "";
+    this.#ask(node, { parent: question.parent, text, keep_files_of: files });
+  }
+
+  /** The answer put into other words by the reader: a version, not sent to the model. */
+  rewrite(answer, text) {
+    const { role, parent, files } = answer;
+    this.#add({ role, parent, files, text, rewritten: true });
+    this.save();
+    this.view.drawAll();
+  }
+
+  /** Go on where an answer was cut. */
+  goOn(answer) {
+    if (this.isRunning) return;
+    answer.state = "running";
+    answer.error = null;
+    this.#begin(answer);
+    this.#send({ answer: answer.id, question: answer.parent, continues: answer.text });
+  }
+
+  #ask(question, said) {
+    if (this.isRunning) return;
+    const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
+    this.#begin(answer);
+    this.#send({ answer: answer.id, question: question.id, ...said });
+  }
+
+  #begin(node) {
+    const now = Date.now();
+    this.run = { conversation: this.conversation, node, since: now, last: now, turn: null };
+    this.conversation.updated = now;
+    this.save();
+    this.view.drawAll({ follow: true });
+    this.view.runChanged();
+  }
+
+  /** Have Gradio ask for `turn`: its event takes it from here in prepare(). */
+  #send(turn) {
+    this.pending = turn;
+    const knock = () => {
+      if (this.pending !== turn) return;
+      this.bridge.slot?.trigger("submit");
+      setTimeout(knock, 300);
+    };
+    knock();
+  }
+
+  /** Called by Gradio with the composer's value; returns what goes to the server. */
+  async prepare(box, _turn, memory) {
+    if (this.pending) {
+      const turn = this.pending;
+      this.pending = null;
+      return [{ text: "", files: [] }, await this.#whole(turn), memory];
+    }
+    const text = box?.text ?? "";
+    const files = box?.files ?? [];
+    if (this.isRunning || (!text.trim() && !files.length)) {
+      return [{ text: "", files: [] }, { noop: true }, memory];
+    }
+    const parent = this.conversation.leaf;
+    const question = this.#add({ role: "user", parent, text, files: files.map(fileRecord) });
+    this.conversation.title ||= titleOf(text, files);
+    const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
+    this.#begin(answer);
+    this.run.box = { text, files };
+    this.view.sent();
+    const kept = this.#keepPictures(question, files);
+    const turn = { answer: answer.id, question: question.id, parent, text };
+    const whole = await this.#whole(turn);
+    kept.then(() => this.save(this.run?.conversation ?? this.conversation));
+    return [{ text: "", files }, whole, memory];
+  }
+
+  async #whole(turn) {
+    if (this.run) this.run.turn = turn;
+    return { ...turn, options: this.settings.options(), history: await this.#history(turn) };
+  }
+
+  /** The nodes the server lacks, of those that lead to the question (and the one it was edited
+   * from). The question itself goes as `text` when it is new. */
+  async #history(turn) {
+    const { nodes } = this.run?.conversation ?? this.conversation;
+    const path = this.path({ nodes }, turn.question);
+    if (turn.text !== undefined) path.pop();
+    if (turn.keep_files_of) path.push(nodes[turn.keep_files_of]);
+    const missing = path.filter((node) => !this.synced.has(node.id));
+    return Promise.all(missing.map((node) => this.#forServer(node)));
+  }
+
+  async #forServer(node) {
+    this.synced.add(node.id);
+    const files = [];
+    for (const file of node.files ?? []) {
+      if (file.kind !== "image") files.push({ kind: file.kind, name: file.name, text: file.text });
+      else if (file.picture) {
+        const blob = await this.store.picture(file.picture);
+        if (blob) files.push({ kind: "image", data: (await dataAddress(blob)).split(",")[1] });
+      }
+    }
+    return { id: node.id, parent: node.parent, role: node.role, text: node.text, files };
+  }
+
+  /** Pictures are kept in the browser: the server forgets them with the page. */
+  async #keepPictures(question, files) {
+    for (const [i, file] of files.entries()) {
+      if (question.files[i].kind !== "image") continue;
+      try {
+        const blob = await shrunk(await (await fetch(file.url)).blob());
+        question.files[i].picture = newId();
+        await this.store.putPicture(question.files[i].picture, blob);
+      } catch {
+        question.files[i].note = "picture_not_kept";
+      }
+    }
+    this.view.redraw(question);
+  }
+
+  // -- answers -----------------------------------------------------------------------------------
+
+  news(snapshot) {
+    const { run } = this;
+    if (!run || snapshot?.turn !== run.node.id) return;
+    run.last = Date.now();
+    if (snapshot.phase === "need_history") {
+      this.synced.clear();
+      const { turn } = run;
+      this.#send({ ...turn, ...this.#textAgain(turn) });
+      return;
+    }
+    this.#take(run, snapshot);
+    if (["done", "stopped", "failed"].includes(snapshot.phase)) this.#end(snapshot.phase);
+    else if (Date.now() - this.saved > SAVE_EVERY) this.save(run.conversation);
+  }
+
+  // The files of a new question were uploaded with the first try; now they come from the browser.
+  #textAgain(turn) {
+    const question = this.run.conversation.nodes[turn.question];
+    return question.files?.length ? { text: undefined, keep_files_of: "" } : {};
+  }
+
+  #take(run, snapshot) {
+    const { node } = run;
+    const { text, reasoning, calls, stats, notes, error, cut } = snapshot;
+    Object.assign(node, { text, reasoning, calls, stats, notes, error, cut });
+    node.phase = snapshot.phase;
+    node.queue = snapshot.queue;
+    node.thought = snapshot.thought_seconds;
+    if (snapshot.phase === "thinking") run.thinkingSince ??= Date.now();
+    if (snapshot.files?.length) this.#takeFiles(run, snapshot.files);
+    this.synced.add(node.parent);
+    this.view.grow(node, run);
+  }
+
+  #takeFiles(run, files) {
+    const question = run.conversation.nodes[run.node.parent];
+    if (run.filesTaken) return;
+    run.filesTaken = true;
+    question.files = files.map((file, i) => ({ ...question.files?.[i], ...file }));
+    this.view.redraw(question);
+  }
+
+  #end(state) {
+    const { conversation, node } = this.run;
+    node.state = state;
+    node.model = this.settings.shownModel;
+    delete node.phase;
+    delete node.queue;
+    this.run = null;
+    this.pending = null;
+    if (state === "done") this.synced.add(node.id);
+    else this.synced.delete(node.id);
+    conversation.updated = Date.now();
+    this.save(conversation);
+    this.view.ended(node);
+    this.view.runChanged();
+  }
+
+  stop() {
+    if (!this.run) return;
+    this.bridge.slot?.trigger("stop");
+    this.stopped();
+  }
+
+  /** The reader stopped it, here or with Gradio's own button. */
+  stopped() {
+    if (this.run) this.#end("stopped");
+  }
+
+  /** The answer will not come: the server is gone, was restarted, or refused the request. */
+  lose(code) {
+    const { run } = this;
+    if (!run) return;
+    run.node.error = { code, message: "" };
+    this.synced.clear();
+    this.#end("failed");
+  }
+}
+
+function fileRecord(file) {
+  const isPicture = (file.mime_type ?? "").startsWith("image/");
+  return { name: file.orig_name ?? "file", kind: isPicture ? "image" : "text", size: file.size,
+    text: "" };
+}
+
+function titleOf(text, files) {
+  const line = text.trim().split("\n")[0] || files[0]?.orig_name || "";
+  return line.length > 60 ? `${line.slice(0, 60)}…` : line;
+}
+
+/** A picture of at most 2048 pixels a side; small files stay as they are. */
+async function shrunk(blob) {
+  if (blob.size <= LARGEST_PICTURE) return blob;
+  const bitmap = await createImageBitmap(blob);
+  const scale = Math.min(1, 2048 / Math.max(bitmap.width, bitmap.height));
+  const canvas = new OffscreenCanvas(bitmap.width * scale, bitmap.height * scale);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.9 });
+}

@@ -1,0 +1,262 @@
+// Puts the page together: early, before Gradio's script has loaded, then with Gradio's box in it.
+
+import { ApiPanel, arrowKeys, takeOwnerToken } from "./api_panel.js";
+import { Chat } from "./chat.js";
+import { Composer } from "./composer.js";
+import { Conversations } from "./conversations.js";
+import { byId, el, icon } from "./dom.js";
+import { Settings, bindLook, drawEffort, drawSettings } from "./settings.js";
+import { Status } from "./status.js";
+import { Store } from "./store.js";
+import { count, setLanguage, t } from "./texts.js";
+import { Transcript } from "./transcript.js";
+
+const LAST = "page-conversation";
+const SILENCE = 12000;
+
+async function start() {
+  takeOwnerToken();
+  setLanguage(document.documentElement.lang);
+  const { bridge } = window.chatPage;
+  const settings = new Settings();
+  const store = await Store.open();
+  const status = new Status();
+  const chat = new Chat(store, settings, bridge);
+  const transcript = new Transcript(chat, store);
+  const composer = new Composer(chat, bridge, settings);
+  const open = (id) => openConversation(page, id);
+  const conversations = new Conversations(chat, store, open);
+  const api = new ApiPanel(status);
+  const page = { bridge, settings, store, status, chat, transcript, composer, conversations, api };
+  window.chatPage.parts = page;
+
+  chat.view = viewOf(page);
+  drawWords(page);
+  bindHeader(page);
+  bindSidebar(page);
+  bindKeys(page);
+  status.listen((now) => statusChanged(page, now));
+  await open(localStorage.getItem(LAST));
+  bridge.onpage = () => whenBoxIsThere(() => adopt(page));
+  if (bridge.slot) bridge.onpage();
+  await status.poll();
+  setInterval(() => watchRun(page), 1000);
+  // What the last version of the page left half said is kept; so is this one's when it goes.
+  addEventListener("pagehide", () => chat.run && chat.save(chat.run.conversation));
+}
+
+function viewOf(page) {
+  const { transcript, composer, conversations } = page;
+  return {
+    drawAll: (options) => transcript.drawAll(options),
+    redraw: (node) => transcript.redraw(node),
+    grow: (node, run) => transcript.grow(node, run),
+    listChanged: () => byId("sidebar").hidden || conversations.list(),
+    sent: () => {
+      remember(page);
+      composer.fill("");
+    },
+    runChanged: () => {
+      composer.running(page.chat.isRunning);
+      transcript.drawAll();
+    },
+    ended: (node) => {
+      transcript.redraw(node);
+      speak(node);
+      restoreUnsent(page, node);
+      drawContext(page);
+    },
+  };
+}
+
+/** The screen reader hears that the answer is there, not every token of it. */
+function speak(node) {
+  const words = { done: "spoken_done", stopped: "spoken_stopped", failed: "spoken_failed" };
+  byId("spoken").textContent = t(words[node.state] ?? "spoken_done", { count: count(node.text) });
+}
+
+/** A question that failed before a word of its answer goes back into the box, if that is free. */
+function restoreUnsent(page, node) {
+  if (node.state !== "failed" || node.text || page.composer.area?.value) return;
+  const question = page.chat.conversation.nodes[node.parent];
+  if (question && !question.files?.length) page.composer.fill(question.text);
+}
+
+// -- drawing what does not depend on the conversation ------------------------------------------------
+
+function drawWords(page) {
+  for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
+  for (const node of document.querySelectorAll("[data-t-label]")) {
+    node.setAttribute("aria-label", t(node.dataset.tLabel));
+    if (node.tagName === "BUTTON") node.title = t(node.dataset.tLabel);
+  }
+  for (const node of document.querySelectorAll("[data-icon]")) {
+    if (!node.querySelector("svg")) node.prepend(icon(node.dataset.icon));
+  }
+  byId("language").textContent = document.documentElement.lang === "en" ? "中文" : "EN";
+  page.status.draw();
+  page.conversations.draw();
+  page.api.draw();
+  drawSettings(page.settings);
+  drawEffort(page.settings);
+  drawEmpty(page);
+  page.composer.dress();
+  page.transcript.drawAll();
+  drawContext(page);
+}
+
+function drawEmpty(page) {
+  const place = byId("empty");
+  const card = page.status.now?.model;
+  const examples = ["example_1", "example_2", "example_3", "example_4"].map((key) => {
+    const chip = el("button", { type: "button", className: "example" }, t(key));
+    chip.addEventListener("click", () => {
+      page.composer.fill(t(key));
+      page.composer.area?.focus();
+    });
+    return chip;
+  });
+  place.replaceChildren(el("h1", {}, card?.id ?? t("welcome")), el("p", {}, t("welcome_more")),
+    el("div", { className: "examples" }, ...examples));
+}
+
+/** How much of the model's context the conversation took when it was last answered. */
+function drawContext(page) {
+  const place = byId("context");
+  const size = page.status.now?.model?.context_length;
+  const last = page.chat.path().filter((node) => node.stats?.prompt_tokens).at(-1);
+  place.hidden = !size || !last;
+  if (place.hidden) return;
+  const used = last.stats.prompt_tokens + (last.stats.completion_tokens ?? 0);
+  const share = Math.min(1, used / size);
+  place.style.setProperty("--share", `${share * 360}deg`);
+  place.classList.toggle("full", share > 0.8);
+  place.replaceChildren(el("span", { className: "ring", aria: { hidden: "true" } }),
+    t("context", { used: short(used), size: short(size) }));
+  place.title = t(share > 0.8 ? "context_full" : "context_hint");
+}
+
+const short = (n) => (n < 1000 ? String(n) : `${(n / 1000).toFixed(n < 10000 ? 1 : 0)}k`);
+
+function statusChanged(page, now) {
+  const card = now?.model;
+  page.settings.shownModel = card?.id ?? "";
+  page.composer.sees = card?.capabilities.vision ?? null;
+  const efforts = [...(card?.capabilities.efforts ?? [])];
+  if (efforts.join() !== page.settings.efforts.join()) {
+    page.settings.efforts = efforts;
+    drawEffort(page.settings);
+  }
+  if (card && page.drawnFor !== card.id) {
+    page.drawnFor = card.id;
+    drawEmpty(page);
+    page.api.refreshModel();
+    page.composer.dress();
+  }
+  drawContext(page);
+  if (page.status.isLost && page.chat.isRunning) page.chat.lose("connection_lost");
+}
+
+/** An answer that has said nothing for a while: ask whether the server still works on it. */
+async function watchRun(page) {
+  const { run } = page.chat;
+  if (!run || Date.now() - run.last < SILENCE) return;
+  await page.status.poll();
+  const now = page.status.now;
+  const isIdle = now?.ready && now.running + now.waiting === 0;
+  if (page.chat.run === run && isIdle && Date.now() - run.last >= SILENCE) {
+    page.chat.lose("connection_lost");
+  }
+}
+
+// -- parts of the page that move ----------------------------------------------------------------------
+
+async function openConversation(page, id) {
+  const found = id ? await page.store.get(id) : null;
+  if (found) page.chat.open(found);
+  else page.chat.startNew();
+  remember(page);
+  page.transcript.drawAll({ follow: true });
+  page.composer.running(page.chat.isRunning);
+  drawContext(page);
+  if (!byId("sidebar").hidden) {
+    await page.conversations.list();
+    if (matchMedia("(max-width: 899px)").matches) showSidebar(page, false);
+  }
+}
+
+const remember = (page) => localStorage.setItem(LAST, page.chat.conversation.id);
+
+function whenBoxIsThere(then) {
+  if (document.querySelector("#composer textarea")) {
+    then();
+    return;
+  }
+  const seen = new MutationObserver(() => {
+    if (!document.querySelector("#composer textarea")) return;
+    seen.disconnect();
+    then();
+  });
+  seen.observe(document.body, { childList: true, subtree: true });
+}
+
+/** Gradio has drawn its blocks: the page moves into its place among them, the box into the page. */
+function adopt(page) {
+  const { scroller } = page.transcript;
+  const top = scroller.scrollTop;
+  byId("slot").append(byId("shell"));
+  page.composer.mount();
+  scroller.scrollTop = top;
+  document.documentElement.dataset.ready = "yes";
+}
+
+function showSidebar(page, isOpen, tab = null) {
+  const sidebar = byId("sidebar");
+  sidebar.hidden = !isOpen;
+  byId("shell").classList.toggle("with-sidebar", isOpen);
+  byId("open-sidebar").setAttribute("aria-expanded", String(isOpen));
+  if (!isOpen) {
+    byId("open-sidebar").focus();
+    return;
+  }
+  if (tab) byId(`tab-${tab}`).click();
+  page.conversations.list();
+  sidebar.querySelector('[role="tab"][aria-selected="true"]').focus();
+}
+
+function bindSidebar(page) {
+  byId("open-sidebar").addEventListener("click", () => showSidebar(page, byId("sidebar").hidden));
+  byId("close-sidebar").addEventListener("click", () => showSidebar(page, false));
+  byId("open-api").addEventListener("click", () => showSidebar(page, true, "api"));
+  const list = byId("sidebar").querySelector('[role="tablist"]');
+  for (const tab of list.querySelectorAll('[role="tab"]')) {
+    tab.addEventListener("click", () => {
+      for (const other of list.querySelectorAll('[role="tab"]')) {
+        const isChosen = other === tab;
+        other.setAttribute("aria-selected", String(isChosen));
+        other.tabIndex = isChosen ? 0 : -1;
+        byId(other.getAttribute("aria-controls")).hidden = !isChosen;
+      }
+    });
+  }
+  arrowKeys(list);
+}
+
+function bindHeader(page) {
+  byId("new-chat").addEventListener("click", async () => {
+    await openConversation(page, null);
+    page.composer.area?.focus();
+  });
+  bindLook(page.settings, () => drawWords(page));
+}
+
+function bindKeys(page) {
+  page.composer.onarrowup = () => !page.chat.isRunning && page.transcript.editLast();
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing) return;
+    if (page.chat.isRunning) page.chat.stop();
+    else if (!byId("sidebar").hidden) showSidebar(page, false);
+  });
+}
+
+start();

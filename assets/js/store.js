@@ -1,0 +1,151 @@
+// Conversations in the browser's own database. The server keeps none.
+//
+// A conversation is one record: {id, title, created, updated, leaf, draft, nodes: {id: node}}. A
+// node is {id, parent, role, text, …}; siblings are versions. Pictures are records of their own.
+
+const NAME = "chat-page";
+
+function request(asked) {
+  return new Promise((resolve, reject) => {
+    asked.onsuccess = () => resolve(asked.result);
+    asked.onerror = () => reject(asked.error);
+  });
+}
+
+export class Store {
+  /** Opens the database; where the browser forbids one (a private window), keeps to memory. */
+  static async open() {
+    const store = new Store();
+    try {
+      const opening = indexedDB.open(NAME, 1);
+      opening.onupgradeneeded = () => {
+        opening.result.createObjectStore("conversations", { keyPath: "id" });
+        opening.result.createObjectStore("pictures");
+      };
+      store.database = await request(opening);
+      store.database.onversionchange = () => store.database.close();
+    } catch {
+      store.memory = { conversations: new Map(), pictures: new Map() };
+    }
+    return store;
+  }
+
+  get isLasting() {
+    return !this.memory;
+  }
+
+  async #do(name, mode, work) {
+    if (this.memory) return work(new MemoryShelf(this.memory[name]));
+    const transaction = this.database.transaction(name, mode);
+    const result = work(transaction.objectStore(name));
+    return result instanceof IDBRequest ? request(result) : result;
+  }
+
+  /** All conversations, the latest first. */
+  async list() {
+    const all = await this.#do("conversations", "readonly", (shelf) => shelf.getAll());
+    return all.sort((a, b) => b.updated - a.updated);
+  }
+
+  get(id) {
+    return this.#do("conversations", "readonly", (shelf) => shelf.get(id));
+  }
+
+  put(conversation) {
+    return this.#do("conversations", "readwrite", (shelf) => shelf.put(structuredClone(conversation)));
+  }
+
+  async remove(id) {
+    const conversation = await this.get(id);
+    await this.#do("conversations", "readwrite", (shelf) => shelf.delete(id));
+    for (const picture of picturesOf(conversation)) {
+      await this.#do("pictures", "readwrite", (shelf) => shelf.delete(picture));
+    }
+  }
+
+  picture(id) {
+    return this.#do("pictures", "readonly", (shelf) => shelf.get(id));
+  }
+
+  putPicture(id, blob) {
+    return this.#do("pictures", "readwrite", (shelf) => shelf.put(blob, id));
+  }
+
+  /** Everything as one JSON text, pictures included. */
+  async export(ids = null) {
+    const conversations = (await this.list()).filter((c) => !ids || ids.includes(c.id));
+    const pictures = {};
+    for (const id of conversations.flatMap(picturesOf)) {
+      const blob = await this.picture(id);
+      if (blob) pictures[id] = await dataAddress(blob);
+    }
+    return JSON.stringify({ format: "chat-page-1", conversations, pictures }, null, 1);
+  }
+
+  /** Put an export's conversations beside those here; returns how many. Throws on other files. */
+  async import(text) {
+    const given = JSON.parse(text);
+    if (given.format !== "chat-page-1") throw new Error("format");
+    const conversations = given.conversations.map(checked);
+    for (const [id, address] of Object.entries(given.pictures ?? {})) {
+      if (/^data:image\/(png|jpeg|webp|gif);base64,/.test(address)) {
+        await this.putPicture(id, await (await fetch(address)).blob());
+      }
+    }
+    for (const conversation of conversations) await this.put(conversation);
+    return conversations.length;
+  }
+}
+
+class MemoryShelf {
+  constructor(map) {
+    this.map = map;
+  }
+  getAll() {
+    return [...this.map.values()].map((value) => structuredClone(value));
+  }
+  get(id) {
+    return structuredClone(this.map.get(id));
+  }
+  put(value, id = value.id) {
+    this.map.set(id, value);
+  }
+  delete(id) {
+    this.map.delete(id);
+  }
+}
+
+function picturesOf(conversation) {
+  const nodes = Object.values(conversation?.nodes ?? {});
+  return nodes.flatMap((node) => (node.files ?? []).map((f) => f.picture)).filter(Boolean);
+}
+
+/** An imported conversation with only what we know, or an error. */
+function checked(given) {
+  const nodes = {};
+  for (const [id, node] of Object.entries(given.nodes)) {
+    if (!["user", "assistant"].includes(node.role) || typeof node.text !== "string") {
+      throw new Error("node");
+    }
+    if (node.parent && !given.nodes[node.parent]) throw new Error("parent");
+    nodes[id] = { ...node, id, state: node.state === "running" ? "stopped" : node.state };
+  }
+  if (typeof given.id !== "string") throw new Error("id");
+  return {
+    id: given.id,
+    title: String(given.title ?? ""),
+    created: Number(given.created) || Date.now(),
+    updated: Number(given.updated) || Date.now(),
+    leaf: nodes[given.leaf] ? given.leaf : "",
+    nodes,
+  };
+}
+
+export function dataAddress(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
+}

@@ -1,0 +1,54 @@
+"""Latest wins: a fast producer and a reader that looks at most ten times a second.
+
+The producer never waits for the reader, so the model runs as fast with the page open as without,
+and the page is never behind. Knows no widgets and no events' meaning. Used by turns.py and
+endpoints.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+
+from serve.ui.answer import Answer
+from serve.values import Event
+
+INTERVAL_SECONDS = 0.1
+
+
+async def watch(
+    events: AsyncGenerator[Event], answer: Answer, interval: float = INTERVAL_SECONDS
+) -> AsyncGenerator[None]:
+    """Fold `events` into `answer`; yields when there is news, the first at once, the last always.
+
+    Closing this generator early closes `events`, which cancels the work behind it within one step.
+    """
+    news, end = asyncio.Event(), asyncio.Event()
+    producer = asyncio.create_task(_drain(events, answer, news, end))
+    try:
+        is_last = False
+        while not is_last:
+            await news.wait()
+            news.clear()
+            is_last = end.is_set()
+            yield
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(end.wait(), 0 if is_last else interval)
+        await producer  # a bug in the producer is raised here, not lost
+    finally:
+        producer.cancel()
+        await asyncio.gather(producer, return_exceptions=True)
+
+
+async def _drain(
+    events: AsyncGenerator[Event], answer: Answer, news: asyncio.Event, end: asyncio.Event
+) -> None:
+    try:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                answer.take(event)
+                news.set()
+    finally:
+        end.set()
+        news.set()

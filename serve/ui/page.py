@@ -1,0 +1,113 @@
+"""The chat page as Gradio Blocks: the composer, one generator event, a place for our script.
+
+The transcript is drawn by assets/js (exact text, versions, conversations in the browser) inside a
+gr.HTML; what it shows comes from one generator event whose output is the answer so far. Knows no
+tokens and no HTTP; the key is never here (assets/js/api_panel.js fetches it). app.py calls
+create_page, and launch_options for what Gradio wants at launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from serve.service import Service
+from serve.ui.endpoints import add_endpoints
+from serve.ui.first_paint import FirstPaint
+from serve.ui.memory import Memory
+from serve.ui.turns import Snapshot, run_turn
+
+ASSETS = Path(__file__).parent.parent.parent / "assets"
+SESSION_SECONDS = 6 * 3600
+LONGEST_PASTE = 1_000_000  # a pasted text stays text; Gradio's default makes a file of it at 1000
+
+# What the script does when Gradio has put each part on the page; see assets/js/bridge.js.
+PAGE_LOADED = "window.chatPage.bridge.page(element, trigger)"
+STREAM_LOADED = "watch('value', () => window.chatPage.bridge.news(props.value))"
+PREPARE = "(box, turn, memory) => window.chatPage.bridge.prepare(box, turn, memory)"
+FILL_BOX = "() => window.chatPage.bridge.fill()"
+
+
+def create_page(service: Service, title: str = "gpt-oss chat") -> gr.Blocks:
+    """The page over `service`, which need not have a model yet."""
+
+    async def answer(
+        box: dict[str, Any], turn: Any, memory: Memory, request: gr.Request
+    ) -> AsyncGenerator[Snapshot]:
+        files = [str(path) for path in box.get("files") or ()]
+        snapshots = run_turn(service, memory, turn, files, tenant_of(request))
+        async with contextlib.aclosing(snapshots):
+            async for snapshot in snapshots:
+                yield snapshot
+
+    with gr.Blocks(title=title, fill_width=True, analytics_enabled=False) as page:
+        shell = gr.HTML(
+            html_template='<div id="slot"></div>',
+            js_on_load=PAGE_LOADED,
+            apply_default_css=False,
+            elem_id="page",
+        )
+        stream = gr.HTML(
+            html_template="",
+            js_on_load=STREAM_LOADED,
+            apply_default_css=False,
+            visible="hidden",
+            elem_id="stream",
+        )
+        turn = gr.JSON(visible="hidden")
+        memory = gr.State(Memory(), time_to_live=SESSION_SECONDS)
+        box = gr.MultimodalTextbox(
+            file_count="multiple",
+            file_types=None,  # types are read from the bytes, and explained, on the server
+            max_plain_text_length=LONGEST_PASTE,
+            submit_btn=True,
+            stop_btn=True,
+            show_label=False,
+            container=False,
+            elem_id="composer",
+        )
+        running = gr.on(
+            [box.submit, shell.submit],
+            answer,
+            inputs=[box, turn, memory],
+            outputs=[stream],
+            js=PREPARE,
+            show_progress="hidden",
+            concurrency_limit=None,  # the engine decides who waits; the page shows it
+            api_visibility="private",
+        )
+        gr.on([box.stop, shell.stop], None, cancels=[running], api_visibility="private")
+        shell.clear(None, None, [box], js=FILL_BOX, api_visibility="private")
+        add_endpoints(service, tenant_of)
+    return page
+
+
+def tenant_of(request: gr.Request | None) -> str:
+    """Whose budget a page's visitor spends: everybody behind one address shares one."""
+    client = getattr(request, "client", None)
+    return f"page:{client.host}" if client is not None and client.host else "page"
+
+
+def launch_options(service: Service, title: str = "gpt-oss chat") -> dict[str, Any]:
+    """What Blocks.launch() needs for this page: theme, favicon, no extras, and under "middleware"
+    the (class, options) pair that app.py puts into app_kwargs["middleware"]."""
+    return {
+        "launch": {
+            "theme": gr.themes.Base(
+                font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+            ),
+            "css_paths": None,
+            "favicon_path": str(ASSETS / "favicon.png"),
+            "footer_links": [],
+            "run_history": False,
+            "enable_monitoring": False,
+            "ssr_mode": False,
+            "pwa": False,
+            "max_file_size": "20mb",
+        },
+        "middleware": (FirstPaint, {"service": service, "assets": ASSETS, "title": title}),
+    }
