@@ -221,7 +221,8 @@ class Loader:
             model, tokenizer = load_gguf(path, getattr(torch, chosen.dtype))
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise Refused(f"{path.name} cannot be read as GGUF: {error}") from error
-        return self._finish(model.eval(), tokenizer, chosen, name, source, path)
+        stated = {model.config.eos_token_id} - {None}
+        return self._finish(model.eval(), tokenizer, stated, chosen, name, source, path)
 
     def _load_folder(self, folder: Path, name: str, source: str) -> LoadedModel:
         from serve.quantization import folder as reading
@@ -239,11 +240,19 @@ class Loader:
         model = reading.load_weights(
             folder, weights.config, chosen, vision=vision is not False and processor is not None
         )
-        done = self._finish(model, tokenizer, chosen, name, source, folder)
+        stated = reading.stated_ends(folder, weights.config)
+        done = self._finish(model, tokenizer, stated, chosen, name, source, folder)
         return replace(done, processor=processor, vision=vision)
 
     def _finish(
-        self, model: Any, tokenizer: Any, chosen: Plan, name: str, source: str, path: Path
+        self,
+        model: Any,
+        tokenizer: Any,
+        stated: set[int],
+        chosen: Plan,
+        name: str,
+        source: str,
+        path: Path,
     ) -> LoadedModel:
         import torch
 
@@ -261,7 +270,7 @@ class Loader:
             model=model.to(device) if model.device.type != device.type else model,
             tokenizer=tokenizer,
             context_length=length,
-            eos_ids=reading.end_ids(model.config, model.generation_config, tokenizer),
+            eos_ids=reading.end_ids(stated, tokenizer),
             device=device,
             dtype=getattr(torch, chosen.dtype),
             source=source,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +220,24 @@ def need_template(tokenizer: Any, name: str) -> None:
         )
 
 
-def end_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: as the model's configs and tokenizer say, and the turn's end that
-    its chat template writes. Raises Refused when there is none."""
-    found: set[int] = set()
-    for holder in (generation_config, config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or ())
+def stated_ends(folder: Path, config: Mapping[str, Any]) -> set[int]:
+    """End ids that the folder's own files name. A config class's defaults are another model's."""
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.exists() else {}
+    text = config.get("text_config")
+    holders = (generation, config, text if isinstance(text, Mapping) else {})
+    return {end for holder in holders for end in _ids(holder.get("eos_token_id"))}
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if isinstance(one, int) and one >= 0]
+
+
+def end_ids(stated: Collection[int], tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the stated ones, the tokenizer's, and the turn's end that its chat
+    template writes. Raises Refused when there is none."""
+    found = {*stated, *_ids(tokenizer.eos_token_id)}
     template = str(getattr(tokenizer, "chat_template", ""))
     vocabulary = tokenizer.get_vocab()
     found.update(vocabulary[end] for end in TURN_ENDS if end in template and end in vocabulary)

@@ -26,15 +26,6 @@ LLAMA_NAMES = {
 }
 
 
-def unpacked_parameters(path: Path) -> int:
-    """How many parameters the file holds, from its header alone. Raises ValueError."""
-    from math import prod
-
-    from transformers.integrations.gguf.reader import GgufHeader
-
-    return sum(prod(info.shape) for info in GgufHeader.from_file(str(path)).tensors)
-
-
 def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
     """The model in `dtype` on the CPU, and its tokenizer with the file's own chat template.
 
@@ -45,7 +36,7 @@ def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
 
     metadata, names = read_gguf_metadata(str(path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-    if not _is_plain_llama(metadata, names):
+    if not (_is_plain_llama(metadata, names) and _has_known_blocks(path)):
         return (
             AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
@@ -64,6 +55,17 @@ def _is_plain_llama(metadata: dict[str, Any], names: tuple[str, ...]) -> bool:
     known = all(_hf_name(name) is not None for name in names)
     is_mistral = "mistral" in str(metadata.get("general.name", "")).lower()
     return metadata["general.architecture"] == "llama" and known and not scaled and not is_mistral
+
+
+def _has_known_blocks(path: Path) -> bool:
+    """False for block kinds (Q5_0 is one) that only the general loader decodes."""
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    try:
+        GgufHeader.from_file(str(path))
+    except ValueError:
+        return False
+    return True
 
 
 def _hf_name(name: str) -> str | None:
