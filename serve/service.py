@@ -78,6 +78,10 @@ class Service:
     def pass_over(self, candidate: PassedOver) -> None:
         self._status = replace(self._status, passed_over=(*self._status.passed_over, candidate))
 
+    def fail(self, reason: str) -> None:
+        """Nothing serves and nothing more is tried by itself; `reason` is for everybody to read."""
+        self.report(Progress("failed", detail=reason))
+
     def offer(self, ids: Sequence[str]) -> None:
         """The models that fit this machine, by id; they may be switched between."""
         self._status = replace(self._status, offered=tuple(ids))
@@ -185,6 +189,12 @@ class Service:
         async with contextlib.aclosing(run.events()) as events:
             async for event in events:
                 yield event
+
+    async def count(self, request: ChatRequest) -> int:
+        """Tokens of the request's prompt, without asking the engine. Raises as `chat` fails."""
+        served = self._resolve(request)
+        rendered = await _off_loop(lambda: served.format.render(request))
+        return len(rendered.prompt.ids)
 
     async def complete(self, request: TextRequest) -> AsyncGenerator[Event]:
         """Events of a raw prompt's continuation: text only."""

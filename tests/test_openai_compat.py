@@ -388,10 +388,15 @@ def test_when_the_server_stops_a_stream_ends_with_an_error_frame_and_done(start:
 
 def test_when_the_engine_closes_a_stream_ends_with_an_error_frame_and_done(start: Start) -> None:
     engine = ScriptedEngine([Say(ids("ab")), HANG], eos_ids={END})
-    closing = threading.Timer(0.3, engine.close)
-    closing.start()
-    with start(engine).client() as client:
-        chunks = frames(client.post(CHAT, json={**ASK, "stream": True}).text)
+    with (
+        start(engine).client() as client,
+        client.stream("POST", CHAT, json={**ASK, "stream": True}) as answer,
+    ):
+        texts = answer.iter_text()
+        found = next(texts)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        chunks = frames(found + "".join(texts))
     closing.join()
     assert chunks[-2]["error"]["code"] == "unavailable" and chunks[-1] == "[DONE]"
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from serve.values import ModelCard, Status
 
+VERSION = "0.1.0"
 
-def fingerprint(card: ModelCard, version: str) -> str:
+
+def fingerprint(card: ModelCard) -> str:
     """Changes when answers to the same seed may change: other weights, way of holding them,
     device or code."""
-    told = "\0".join((card.id, card.quantization, card.device.split(":")[0], version))
+    told = "\0".join((card.id, card.quantization, card.device.split(":")[0], VERSION))
     return "fp_" + hashlib.sha256(told.encode()).hexdigest()[:12]
 
 

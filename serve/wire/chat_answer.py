@@ -137,9 +137,9 @@ class Fold:
         self._choices = [_Choice() for _ in range(choices)]
         self._metadata = metadata
         self._usage = Usage()
+        self._error: ServeError | None = None
 
     def event(self, event: Event) -> None:
-        """Raises the error of an end that is none."""
         match event:
             case TextDelta():
                 self._choices[event.choice].text.append(event.text)
@@ -155,7 +155,12 @@ class Fold:
             case Finished():
                 self._usage = event.usage
             case Failed() | Cancelled():
-                raise cut_short(event)
+                self._error = cut_short(event)
+
+    def check(self) -> None:
+        """Raises the error of an answer that failed."""
+        if self._error is not None:
+            raise self._error
 
     def body(self) -> dict[str, Any]:
         found: dict[str, Any] = {

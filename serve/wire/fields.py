@@ -1,8 +1,8 @@
 """Every request field of the three dialects, in one table: honoured, harmless, or refused.
 
 The tables are in fields_chat.py, fields_responses.py and fields_completions.py; here is what a
-row means, the check that every request passes, the OpenAPI schema and README's table.
-`python -m serve.wire.fields` prints the latter.
+row means, the check that every request passes, and the OpenAPI schema. README's tables are made
+from them by tables.py.
 """
 
 from __future__ import annotations
@@ -123,28 +123,3 @@ def schema(table: Sequence[Field]) -> dict[str, Any]:
         },
         "required": [row.name for row in table if row.is_required],
     }
-
-
-def markdown() -> str:
-    """README's table of request fields, all three routes."""
-    from serve.wire.fields_chat import CHAT
-    from serve.wire.fields_completions import COMPLETIONS
-    from serve.wire.fields_responses import RESPONSES
-
-    tables = (
-        ("/v1/chat/completions", CHAT),
-        ("/v1/responses", RESPONSES),
-        ("/v1/completions", COMPLETIONS),
-    )
-    lines: list[str] = []
-    for route, table in tables:
-        lines += [f"`POST {route}`", "", "| field | | |", "|---|---|---|"]
-        for row in table:
-            extra = " (extension)" if row.is_extra else ""
-            lines.append(f"| `{row.name}` | {row.standing}{extra} | {row.says} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -13,7 +13,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,6 +54,14 @@ class Turn:
         self._watchers = tuple(watchers)
         self._first: Event | None = None
         self._is_closed = False
+        self._is_cancelled = False
+        self._task: asyncio.Task[Any] | None = None
+
+    def cancel(self) -> None:
+        """End the work on somebody's wish: the answer gets Cancelled as its terminal event."""
+        self._is_cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
     async def begin(self) -> None:
         """Pull the first event. Raises the error of a request that is refused."""
@@ -71,11 +79,16 @@ class Turn:
 
     async def run(self, take: Callable[[Event], None]) -> None:
         """Hand every event to the watchers and to `take`; exactly one terminal event, last."""
+        self._task = asyncio.current_task()
         try:
             if self._first is not None:
                 self._hand(self._first, take)
             async for event in self._events:
                 self._hand(event, take)
+        except asyncio.CancelledError:
+            if not self._is_cancelled:
+                raise
+            take(Cancelled())
         except ServeError as error:
             take(Failed(error))
         except Exception:
@@ -98,9 +111,9 @@ class Turn:
         await self._events.aclose()
 
 
-async def collect(turn: Turn, take: Callable[[Event], None], request: Request) -> bool:
+async def collect(turn: Turn, take: Callable[[Event], object], request: Request) -> bool:
     """The whole answer into `take`. False when the client went away first (the work is stopped
-    then). `take` may raise a ServeError for a failed end."""
+    then)."""
     found: list[Event] = []
     work = asyncio.create_task(turn.run(found.append))
     gone = asyncio.create_task(_disconnected(request.receive))
