@@ -20,6 +20,7 @@
       onnews: null,
       onprepare: null,
       onfill: null,
+      onbroken: null,
       page(element, trigger) {
         this.slot = { element, trigger };
         this.onpage?.();
@@ -29,6 +30,9 @@
       },
       prepare(box, turn, memory) {
         return this.onprepare(box, turn, memory);
+      },
+      broken() {
+        this.onbroken?.();
       },
       fill() {
         return this.onfill();

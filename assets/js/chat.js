@@ -22,6 +22,7 @@ export class Chat {
     this.saved = 0;
     this.startNew();
     bridge.onprepare = (box, turn, memory) => this.prepare(box, turn, memory);
+    bridge.onbroken = () => this.lose("connection_lost");
     bridge.onnews = (snapshot) => this.news(snapshot);
   }
 
@@ -83,6 +84,11 @@ export class Chat {
   }
 
   // -- asking ------------------------------------------------------------------------------------
+
+  /** What shows the server who asks: the owner's token, when a turn may switch the model. */
+  proof() {
+    return {};
+  }
 
   get isRunning() {
     return this.run !== null;
@@ -172,7 +178,8 @@ export class Chat {
 
   async #whole(turn) {
     if (this.run) this.run.turn = turn;
-    return { ...turn, options: this.settings.options(), history: await this.#history(turn) };
+    const options = this.settings.options();
+    return { ...turn, options, history: await this.#history(turn), ...this.proof() };
   }
 
   /** The nodes the server lacks, of those that lead to the question (and the one it was edited

@@ -1,6 +1,6 @@
 // Puts the page together: early, before Gradio's script has loaded, then with Gradio's box in it.
 
-import { ApiPanel, arrowKeys, takeOwnerToken } from "./api_panel.js";
+import { ApiPanel, arrowKeys, ownerHeaders, takeOwnerToken } from "./api_panel.js";
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { Conversations } from "./conversations.js";
@@ -31,6 +31,7 @@ async function start() {
   window.chatPage.parts = page;
 
   chat.view = viewOf(page);
+  chat.proof = () => (settings.model ? { owner: ownerHeaders()["X-Owner-Token"] ?? "" } : {});
   drawWords(page);
   bindHeader(page);
   bindSidebar(page);
@@ -153,8 +154,30 @@ function statusChanged(page, now) {
     page.api.refreshModel();
     page.composer.dress();
   }
+  drawModels(page);
   drawContext(page);
   if (page.status.isLost && page.chat.isRunning) page.chat.lose("connection_lost");
+}
+
+/** A chooser when there are several models; each turn names the one that is to answer it. */
+function drawModels(page) {
+  const { now } = page.status;
+  const offered = now?.offered ?? [];
+  const choice = byId("model-choice");
+  choice.hidden = offered.length < 2;
+  byId("model-name").hidden = !choice.hidden;
+  if (choice.hidden) {
+    page.settings.model = "";
+    return;
+  }
+  if (choice.key !== offered.join()) {
+    choice.key = offered.join();
+    choice.replaceChildren(...offered.map((id) => el("option", { value: id }, id)));
+    choice.onchange = () => {
+      page.settings.model = choice.value;
+    };
+  }
+  if (!page.settings.model && now.model) choice.value = now.model.id;
 }
 
 /** An answer that has said nothing for a while: ask whether the server still works on it. */

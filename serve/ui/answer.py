@@ -2,7 +2,7 @@
 
 Knows what happened (phase, text, reasoning, calls, numbers), not how it looks: every word a reader
 sees is chosen in the browser, in the reader's language, from the codes given here. Used by
-turns.py for the page and by endpoints.py for gradio_client.
+chat.py for the page and by endpoints.py for gradio_client.
 """
 
 from __future__ import annotations
@@ -139,6 +139,11 @@ class Answer:
         self._end_thought()
         self.phase = "failed"
         self.failure = error
+
+    def begin_again(self) -> None:
+        """The model was not there yet: forget that this failed."""
+        self.failure = None
+        self.phase = "waiting"
 
     def snapshot(self) -> dict[str, Any]:
         """Everything so far. Strings only grow, so Gradio sends what was added, not the whole."""

@@ -2,7 +2,7 @@
 
 What a file is, is read from its bytes, never from its name or the browser's word. A file that
 cannot be read becomes a note, not an error: the rest of the message is still answered. Knows no
-widgets and no model. Used by turns.py and endpoints.py.
+widgets and no model. Used by chat.py and endpoints.py.
 """
 
 from __future__ import annotations

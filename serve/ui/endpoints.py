@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from serve.ui.answer import Answer
 from serve.ui.attachments import read_files
 from serve.ui.history import message_from, spoken
 from serve.ui.options import options_from, without_pictures
-from serve.ui.pace import watch
+from serve.ui.pace import counted, watch
+from serve.ui.visit import VisitOf, visit_from
 from serve.values import ChatRequest, Message, Part, TextPart
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -40,10 +41,15 @@ class _Call:
     files: list[Any] | None
 
 
-def add_endpoints(service: Service, tenant_of: Callable[[gr.Request | None], str]) -> None:
-    """Register the public endpoints with the Blocks being built."""
+class Endpoints:
+    """The public endpoints over a service."""
+
+    def __init__(self, service: Service, visit_of: VisitOf) -> None:
+        self._service = service
+        self._visit_of = visit_of
 
     async def chat(
+        self,
         message: str | dict[str, Any],
         history: list[dict[str, Any]] | None = None,
         system: str = "",
@@ -65,11 +71,12 @@ def add_endpoints(service: Service, tenant_of: Callable[[gr.Request | None], str
         """
         options = _options(system, model, reasoning_effort, temperature, top_p, max_tokens, seed)
         call = _Call(message, history, options, files)
-        async with contextlib.aclosing(_answers(service, call, tenant_of(request))) as answers:
+        async with contextlib.aclosing(self._answers(call, request)) as answers:
             async for answer in answers:
                 yield answer.text
 
     async def chat_structured(
+        self,
         message: str | dict[str, Any],
         history: list[dict[str, Any]] | None = None,
         system: str = "",
@@ -89,17 +96,36 @@ def add_endpoints(service: Service, tenant_of: Callable[[gr.Request | None], str
         """
         options = _options(system, model, reasoning_effort, temperature, top_p, max_tokens, seed)
         call = _Call(message, history, options, files)
-        async with contextlib.aclosing(_answers(service, call, tenant_of(request))) as answers:
+        async with contextlib.aclosing(self._answers(call, request)) as answers:
             async for answer in answers:
                 yield _structured(answer)
 
-    def models() -> list[dict[str, Any]]:
+    def models(self) -> list[dict[str, Any]]:
         """The served models: id, context length in tokens, and what each can do."""
-        return [asdict(card) for card in service.models()]
+        return [asdict(card) for card in self._service.models()]
 
-    api(chat, api_name="chat", concurrency_limit=None)
-    api(chat_structured, api_name="chat_structured", concurrency_limit=None)
-    api(models, api_name="models", concurrency_limit=None)
+    async def _answers(self, call: _Call, asking: gr.Request | None) -> AsyncGenerator[Answer]:
+        """The answer, each time it has grown. Raises gr.Error with the public text of a failure."""
+        answer = Answer()
+        visit = visit_from(self._visit_of, asking)
+        try:
+            request = await _request(self._service, call, answer)
+            request = replace(request, tenant=visit.tenant, may_switch=visit.may_switch)
+            events = counted(self._service.chat(request), visit)
+            async with contextlib.aclosing(watch(events, answer)) as news:
+                async for _ in news:
+                    if answer.failure is not None:
+                        raise answer.failure
+                    yield answer
+        except ServeError as error:
+            raise gr.Error(f"{error.code}: {error.message}", print_exception=False) from None
+
+
+def add_endpoints(service: Service, visit_of: VisitOf) -> None:
+    """Register the public endpoints with the Blocks being built."""
+    endpoints = Endpoints(service, visit_of)
+    for endpoint in (endpoints.chat, endpoints.chat_structured, endpoints.models):
+        api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
 
 
 def _options(
@@ -122,20 +148,6 @@ def _options(
     }
 
 
-async def _answers(service: Service, call: _Call, tenant: str) -> AsyncGenerator[Answer]:
-    """The answer, each time it has grown. Raises gr.Error with the public text of what failed."""
-    answer = Answer()
-    try:
-        request = replace(await _request(service, call, answer), tenant=tenant)
-        async with contextlib.aclosing(watch(service.chat(request), answer)) as news:
-            async for _ in news:
-                if answer.failure is not None:
-                    raise answer.failure
-                yield answer
-    except ServeError as error:
-        raise gr.Error(f"{error.code}: {error.message}", print_exception=False) from None
-
-
 async def _request(service: Service, call: _Call, answer: Answer) -> ChatRequest:
     options = options_from(call.options)
     text, own_files = spoken(call.message)
@@ -149,7 +161,7 @@ async def _request(service: Service, call: _Call, answer: Answer) -> ChatRequest
             raise InvalidRequest(f"{attached.name} cannot be read: {attached.note}.", param="files")
         parts.append(part)
     said.append(Message("user", (*parts, TextPart(text))))
-    return replace(options.request(_seen(service, options.model, said, answer)))
+    return options.request(_seen(service, options.model, said, answer))
 
 
 def _seen(

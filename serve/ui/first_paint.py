@@ -133,6 +133,7 @@ def status_json(status: Status) -> dict[str, Any]:
         "progress": asdict(status.progress),
         "model": None if status.model is None else asdict(status.model),
         "requested": status.requested,
+        "offered": list(status.offered),
         "passed_over": [asdict(candidate) for candidate in status.passed_over],
         "running": status.running,
         "waiting": status.waiting,

@@ -1,7 +1,7 @@
 """Latest wins: a fast producer and a reader that looks at most ten times a second.
 
 The producer never waits for the reader, so the model runs as fast with the page open as without,
-and the page is never behind. Knows no widgets and no events' meaning. Used by turns.py and
+and the page is never behind. Knows no widgets and no events' meaning. Used by chat.py and
 endpoints.py.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from serve.ui.answer import Answer
+from serve.ui.visit import Visit
 from serve.values import Event
 
 INTERVAL_SECONDS = 0.1
@@ -39,6 +40,18 @@ async def watch(
     finally:
         producer.cancel()
         await asyncio.gather(producer, return_exceptions=True)
+
+
+async def counted(events: AsyncGenerator[Event], visit: Visit) -> AsyncGenerator[Event]:
+    """`events`, spent from the visitor's budget. Raises RateLimited before the first."""
+    ticket = visit.admit()
+    try:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                ticket.see(event)
+                yield event
+    finally:
+        ticket.close()
 
 
 async def _drain(

@@ -16,10 +16,11 @@ from typing import Any
 import gradio as gr
 
 from serve.service import Service
+from serve.ui.chat import Snapshot, run_turn
 from serve.ui.endpoints import add_endpoints
 from serve.ui.first_paint import FirstPaint
 from serve.ui.memory import Memory
-from serve.ui.turns import Snapshot, run_turn
+from serve.ui.visit import VisitOf, open_visit, visit_from
 
 ASSETS = Path(__file__).parent.parent.parent / "assets"
 SESSION_SECONDS = 6 * 3600
@@ -29,17 +30,20 @@ LONGEST_PASTE = 1_000_000  # a pasted text stays text; Gradio's default makes a 
 PAGE_LOADED = "window.chatPage.bridge.page(element, trigger)"
 STREAM_LOADED = "watch('value', () => window.chatPage.bridge.news(props.value))"
 PREPARE = "(box, turn, memory) => window.chatPage.bridge.prepare(box, turn, memory)"
+BROKEN = "() => window.chatPage.bridge.broken()"
 FILL_BOX = "() => window.chatPage.bridge.fill()"
 
 
-def create_page(service: Service, title: str = "gpt-oss chat") -> gr.Blocks:
+def create_page(
+    service: Service, title: str = "gpt-oss chat", visit_of: VisitOf = open_visit
+) -> gr.Blocks:
     """The page over `service`, which need not have a model yet."""
 
     async def answer(
         box: dict[str, Any], turn: Any, memory: Memory, request: gr.Request
     ) -> AsyncGenerator[Snapshot]:
         files = [str(path) for path in box.get("files") or ()]
-        snapshots = run_turn(service, memory, turn, files, tenant_of(request))
+        snapshots = run_turn(service, memory, turn, files, visit_from(visit_of, request, turn))
         async with contextlib.aclosing(snapshots):
             async for snapshot in snapshots:
                 yield snapshot
@@ -80,16 +84,11 @@ def create_page(service: Service, title: str = "gpt-oss chat") -> gr.Blocks:
             concurrency_limit=None,  # the engine decides who waits; the page shows it
             api_visibility="private",
         )
+        running.failure(None, js=BROKEN, api_visibility="private")
         gr.on([box.stop, shell.stop], None, cancels=[running], api_visibility="private")
         shell.clear(None, None, [box], js=FILL_BOX, api_visibility="private")
-        add_endpoints(service, tenant_of)
+        add_endpoints(service, visit_of)
     return page
-
-
-def tenant_of(request: gr.Request | None) -> str:
-    """Whose budget a page's visitor spends: everybody behind one address shares one."""
-    client = getattr(request, "client", None)
-    return f"page:{client.host}" if client is not None and client.host else "page"
 
 
 def launch_options(service: Service, title: str = "gpt-oss chat") -> dict[str, Any]:

@@ -14,13 +14,14 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve.errors import InvalidRequest, ServeError, Unavailable
+from serve.errors import InvalidRequest, ModelLoading, ServeError, Unavailable, Unsupported
 from serve.service import Service
 from serve.ui.answer import Answer
 from serve.ui.attachments import read_files
 from serve.ui.memory import Memory, Node, messages, node_from
 from serve.ui.options import Options, options_from, without_pictures
-from serve.ui.pace import watch
+from serve.ui.pace import counted, watch
+from serve.ui.visit import Visit
 from serve.values import ChatRequest, Message, Part, TextPart
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ async def run_turn(
     memory: Memory,
     given: Any,
     files: Sequence[str] = (),
-    tenant: str = "",
+    visit: Visit | None = None,
 ) -> AsyncGenerator[Snapshot]:
     """Snapshots of the answer, at most ten a second. Closing it stops the work."""
     asked = given if isinstance(given, dict) else {}
@@ -84,7 +85,9 @@ async def run_turn(
         if question is None:
             yield {"turn": turn.answer, "phase": "need_history"}
             return
-        async with contextlib.aclosing(_answer(service, memory, turn, answer, tenant)) as news:
+        async with contextlib.aclosing(
+            _answer(service, memory, turn, answer, visit or Visit())
+        ) as news:
             async for _ in news:
                 yield answer.snapshot()
     except ServeError as error:
@@ -121,22 +124,19 @@ def _files_of(node: Node | None) -> tuple[Part, ...]:
 
 
 async def _answer(
-    service: Service, memory: Memory, turn: Turn, answer: Answer, tenant: str
+    service: Service, memory: Memory, turn: Turn, answer: Answer, visit: Visit
 ) -> AsyncGenerator[None]:
-    while not service.status().is_ready:
-        if service.status().progress.phase == "failed":
-            raise Unavailable("No model could be loaded; the line at the top says why.")
-        answer.phase = "waiting"
-        yield
-        await asyncio.sleep(POLL_SECONDS)
     said = messages(memory.path(turn.question) or [], turn.options.system)
     if turn.continues:
         said.append(Message("assistant", (TextPart(turn.continues),)))
     request = replace(
-        turn.options.request(said), tenant=tenant, continue_final_message=bool(turn.continues)
+        turn.options.request(said),
+        tenant=visit.tenant,
+        may_switch=visit.may_switch,
+        continue_final_message=bool(turn.continues),
     )
     try:
-        async with contextlib.aclosing(_run(service, request, answer)) as news:
+        async with contextlib.aclosing(_when_ready(service, request, answer, visit)) as news:
             async for _ in news:
                 yield
     finally:
@@ -144,13 +144,67 @@ async def _answer(
             memory.remember(Node(turn.answer, turn.question, "assistant", (TextPart(answer.text),)))
 
 
-async def _run(service: Service, request: ChatRequest, answer: Answer) -> AsyncGenerator[None]:
-    """Pictures go to a model that sees or may see; one that does not gets the text, and says so."""
-    sees = service.model(request.model).capabilities.vision
+async def _when_ready(
+    service: Service, request: ChatRequest, answer: Answer, visit: Visit
+) -> AsyncGenerator[None]:
+    """Wait for the model, which may still be loading or have to be switched to; then run."""
+    while True:
+        async with contextlib.aclosing(_wait(service, request.model, answer)) as waiting:
+            async for _ in waiting:
+                yield
+        async with contextlib.aclosing(_run(service, request, answer, visit)) as news:
+            async for _ in news:
+                if isinstance(answer.failure, ModelLoading):
+                    break
+                yield
+        if not isinstance(answer.failure, ModelLoading):
+            return
+        answer.begin_again()
+
+
+async def _wait(service: Service, model: str, answer: Answer) -> AsyncGenerator[None]:
+    """Until a model serves; after a switch was begun, until it is the one that was asked for."""
+    is_switching = answer.phase == "waiting"
+    while not _serves(service, model if is_switching else ""):
+        if service.status().progress.phase == "failed":
+            raise Unavailable("No model could be loaded; the line at the top says why.")
+        answer.phase = "waiting"
+        yield
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _serves(service: Service, model: str) -> bool:
+    status = service.status()
+    card = status.model
+    return status.is_ready and (model not in status.offered or card is None or card.id == model)
+
+
+async def _run(
+    service: Service, request: ChatRequest, answer: Answer, visit: Visit
+) -> AsyncGenerator[None]:
+    """Pictures go to a model that sees, and to one of which that is unknown; a model that does not
+    gets the text alone, and the answer says so."""
+    card = service.status().model
+    sees = card.capabilities.vision if card is not None else None
     has_pictures = any(message.images for message in request.messages)
-    if has_pictures and sees is False:
-        request = replace(request, messages=without_pictures(request.messages))
-        answer.notes.append({"code": "images_not_used", "model": service.model(request.model).id})
-    async with contextlib.aclosing(watch(service.chat(request), answer)) as news:
+    if not has_pictures or sees is not False:
+        async with contextlib.aclosing(_events(service, request, answer, visit)) as news:
+            async for _ in news:
+                if has_pictures and isinstance(answer.failure, Unsupported):
+                    break
+                yield
+        if not (has_pictures and isinstance(answer.failure, Unsupported)):
+            return
+        answer.begin_again()
+    if request.messages[-1].images or sees is None:
+        answer.notes = [{"code": "images_not_used", "model": card.id if card else request.model}]
+    request = replace(request, messages=without_pictures(request.messages))
+    async with contextlib.aclosing(_events(service, request, answer, visit)) as news:
         async for _ in news:
             yield
+
+
+def _events(
+    service: Service, request: ChatRequest, answer: Answer, visit: Visit
+) -> AsyncGenerator[None]:
+    return watch(counted(service.chat(request), visit), answer)
