@@ -93,10 +93,47 @@ class Loader:
         self._client = create_client()
         self._hubs = Hubs(self._client, settings)
         self._first_machine: Machine | None = None
+        self._offered: dict[str, Candidate] = {}
 
     def load(self) -> LoadedModel:
         """The first candidate that can serve. Raises LoadFailed."""
         return self._first_of(candidates(self._settings))
+
+    def offered(self) -> tuple[str, ...]:
+        """Ids of the models in MODEL_IDS that exist, can be reached and fit: what `load_offered`
+        takes. Asks hubs, so it may take seconds; downloads nothing."""
+        for candidate in candidates(self._settings):
+            if candidate.setting == "MODEL_IDS":
+                found = self._fitting_id(candidate)
+                if found is not None:
+                    self._offered.setdefault(found, candidate)
+        return tuple(self._offered)
+
+    def load_offered(self, name: str) -> LoadedModel:
+        """One of `offered`, whatever else the settings name. Raises LoadFailed."""
+        candidate = self._offered.get(name)
+        if candidate is None:
+            raise LoadFailed((PassedOver(name, "it is not offered here", "Name it in MODEL_IDS."),))
+        return self._first_of((candidate,))
+
+    def _fitting_id(self, candidate: Candidate) -> str | None:
+        if candidate.kind == "local":
+            path = Path(candidate.name).expanduser()
+            return _folder_name(path) if self._fits(partial(self._check_local, path)) else None
+        if not _is_id(candidate.name) or self._known_refusal(candidate.name):
+            return None
+        for hub in self._hubs.order():
+            if self._fits(partial(self._check_hub, hub, candidate.name)):
+                return self._hubs.reference(hub, candidate.name)
+        return None
+
+    def _fits(self, check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except (SourceFailed, Refused) as failure:
+            log.info("Not offered: %s", failure.reason)
+            return False
+        return True
 
     def _first_of(self, wanted: tuple[Candidate, ...]) -> LoadedModel:
         passed: list[PassedOver] = []
@@ -119,7 +156,7 @@ class Loader:
             yield name, partial(self._local, name)
         elif candidate.kind == "embedded":
             yield name, self._embedded
-        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        elif not _is_id(name):
             no_id = SourceFailed(
                 "there is no such path, and it is no owner/name", "Check the name."
             )
@@ -151,15 +188,22 @@ class Loader:
 
     def _from_hub(self, hub: str, name: str) -> LoadedModel:
         reference = self._hubs.reference(hub, name)
-        folder = self._settings.runtime_dir / "models" / reference.replace("/", "--")
-        cached = folder if is_complete(folder) else self._hubs.cached(hub, name)
+        cached = self._fetched_earlier(hub, name)
         if cached is not None:
             return self._load_path(cached, reference, f"{hub}, fetched earlier")
+        folder = self._folder(reference)
         offer = self._hubs.offer(hub, name)
         self._check_fit(offer)
         with Meter(self._report, reference, hub, offer.total_bytes) as meter:
             download(self._client, offer, folder, meter)
         return self._load_path(folder, reference, hub)
+
+    def _folder(self, reference: str) -> Path:
+        return self._settings.runtime_dir / "models" / reference.replace("/", "--")
+
+    def _fetched_earlier(self, hub: str, name: str) -> Path | None:
+        folder = self._folder(self._hubs.reference(hub, name))
+        return folder if is_complete(folder) else self._hubs.cached(hub, name)
 
     # -- does it fit -------------------------------------------------------------------------------
 
@@ -179,6 +223,23 @@ class Loader:
             plan_gguf(offer.gguf.path, size, self._settings.quant_type, self.machine())
         else:
             self._plan(Weights(self._hubs.config(offer), offer.weight_bytes))
+
+    def _check_local(self, path: Path) -> None:
+        from serve.quantization.folder import read_weights
+
+        gguf = _gguf_in(path)
+        if gguf is None:
+            self._plan(read_weights(path))
+        else:
+            size = gguf.stat().st_size
+            plan_gguf(gguf.name, size, self._settings.quant_type, self.machine())
+
+    def _check_hub(self, hub: str, name: str) -> None:
+        earlier = self._fetched_earlier(hub, name)
+        if earlier is not None:
+            self._check_local(earlier)
+        else:
+            self._check_fit(self._hubs.offer(hub, name))
 
     def _known_refusal(self, name: str) -> Refused | None:
         """For well-known models: whether they can run here, without asking anybody."""
@@ -279,6 +340,10 @@ class Loader:
             quantization={"full": "none", "gguf": "none"}.get(chosen.method, chosen.method),
             notes=(*chosen.notes, *([guessed] if guessed else [])),
         )
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
 
 def _fail(failure: Exception) -> LoadedModel:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 20
 SPARE_DISK_BYTES = 64 * 2**20
+RESTARTS = 2
 MANIFEST = ".complete.json"
 POINTER = b"version https://git-lfs"
 
@@ -162,7 +163,7 @@ class _Transfer:
             return
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._meter.found(self._have())
-        fruitless, has_restarted = 0, False
+        fruitless = restarts = 0
         while True:
             before = self._have()
             try:
@@ -170,13 +171,13 @@ class _Transfer:
                 if self._is_right():
                     self._finish()
                     return
-                if has_restarted:
+                if restarts == RESTARTS:
                     raise SourceFailed(
                         f"{self._file.path} from {self._offer.source} does not have the content "
                         "that its listing promises",
                         "Try later, or another source.",
                     )
-                has_restarted = True  # the part may be of an older revision: once more from zero
+                restarts += 1  # the part may be of an older revision: again from zero
                 self._forget()
                 continue
             except _Broken as broken:
@@ -233,8 +234,10 @@ class _Transfer:
         kind = response.headers.get("content-type", "")
         if "text/html" in kind and not self._file.path.endswith(".html"):
             raise _Broken(f"{source} answered with a web page instead of the file")
-        if have and not _continues(response, have):
-            self._forget()  # the server sends it whole
+        if have and response.status_code == 200:
+            self._forget()  # the server knows no ranges and sends it whole
+        elif have and not _continues(response, have):
+            raise _Broken(f"{source} sent another part of the file than was asked for")
         expected = self._expected(response)
         with self._part.open("ab") as out:
             for chunk in response.iter_raw():
@@ -282,8 +285,6 @@ class _Transfer:
 
 
 def _continues(response: httpx.Response, have: int) -> bool:
-    if response.status_code != 206:
-        return False
     return response.headers.get("content-range", "").startswith(f"bytes {have}-")
 
 
