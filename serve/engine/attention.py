@@ -10,17 +10,17 @@ sequences' new tokens in one row [1, T], hands the step's backend through forwar
     attend(layer, query, call)     attention of the new tokens over everything cached, [1, T, H, D]
 
 A backend owns the pools, for each layer keys [blocks, block_size, kv_heads, head_dim] and values
-the same. TorchBackend here is the plain reference for any device; CpuBackend reads the cache in
-place. A kernel backend takes from the layout: `slots(group)` int64 [T] (block * block_size +
-offset), `query_start` int32 [B + 1], `lengths` int32 [B] (keys of each sequence, its new ones
-included), `block_tables(group)` int32 [B, columns] (columns that left a window are stale), all
-numpy on the host, to be copied in one piece. Decodes come first, `layout.decodes` of them, one
-token each. A window of w sees the token itself and the w - 1 before it.
+the same. TorchBackend here is the plain reference for any device; attention_cpu.py reads the
+cache in place. A kernel backend takes from the layout, all numpy on the host and to be copied in
+one piece: `slots(group)` int64 [T] (block * block_size + offset), `query_start` int32 [B + 1],
+`lengths` int32 [B] (keys of each sequence, its new ones included), `block_tables(group)` int32
+[B, columns] (columns that left a window are stale). Decodes come first, `layout.decodes` of them,
+one token each. A window of w sees the token itself and the w - 1 before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -193,14 +193,21 @@ class TorchBackend:
         self.group_of: dict[int, int] = {}
         by_layer = {shape.layer: shape for shape in shapes}
         for number, group in enumerate(groups):
-            for layer in group.layers:
-                shape = by_layer[layer]
-                room = (group.blocks, block_size, shape.kv_heads)
-                self.keys[layer] = torch.zeros(*room, shape.key_dim, dtype=dtype, device=device)
-                self.values[layer] = torch.zeros(*room, shape.value_dim, dtype=dtype, device=device)
-                self.group_of[layer] = number
+            self.group_of |= dict.fromkeys(group.layers, number)
+            self._allocate([by_layer[layer] for layer in group.layers], group.blocks, dtype)
         self.windows = [group.window for group in groups]
         self._slots: list[Tensor] = []
+
+    def _allocate(self, shapes: Sequence[LayerShape], blocks: int, dtype: torch.dtype) -> None:
+        """The pools of one group's layers."""
+        for shape in shapes:
+            room = (blocks, self.block_size, shape.kv_heads)
+            self.keys[shape.layer] = torch.zeros(
+                *room, shape.key_dim, dtype=dtype, device=self.device
+            )
+            self.values[shape.layer] = torch.zeros(
+                *room, shape.value_dim, dtype=dtype, device=self.device
+            )
 
     def begin(self, layout: Layout) -> None:
         self.layout = layout
@@ -224,7 +231,7 @@ class TorchBackend:
         for (first, places), start, count in zip(
             self._read[self.group_of[layer]], self.layout.starts, self.layout.counts, strict=True
         ):
-            mask = _visible(start, count, first, window, self.device)
+            mask = visible(start, count, first, window, self.device)
             q = query[0, :, at : at + count]
             out[at : at + count] = reference(q, keys[places], values[places], mask, call)
             at += count
@@ -243,7 +250,7 @@ class TorchBackend:
         return found
 
 
-def _visible(start: int, count: int, first: int, window: int | None, device: Any) -> Tensor:
+def visible(start: int, count: int, first: int, window: int | None, device: Any) -> Tensor:
     """bool [count, keys]: which keys from position `first` on each new token sees."""
     queries = torch.arange(start, start + count, device=device)[:, None]
     keys = torch.arange(first, start + count, device=device)[None]
@@ -267,137 +274,3 @@ def reference(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, call: C
     else:
         weights = torch.softmax(scores, -1)
     return (weights @ values).transpose(0, 1).to(query.dtype)
-
-
-_flash: Callable[..., tuple[Tensor, Tensor]] = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Neighbouring cached tokens of one sequence: `length` slots from `slot` on."""
-
-    slot: int
-    length: int
-
-
-class CpuBackend(TorchBackend):
-    """Reads keys and values where they lie: a sequence's neighbouring blocks are one view, several
-    runs are joined by their log-sum-exp (as in FlashAttention's split-KV), sinks likewise. Query
-    heads that share a key head are rows of one product, so nothing is repeated or copied."""
-
-    def begin(self, layout: Layout) -> None:
-        self.layout = layout
-        self._slots = [torch.from_numpy(layout.slots(g)) for g in range(len(self.windows))]
-        self._past = [
-            [
-                self._pieces(tables[g], start, count, self.windows[g])
-                for start, count, tables in zip(
-                    layout.starts, layout.counts, layout.tables, strict=True
-                )
-            ]
-            for g in range(len(self.windows))
-        ]
-        self._read = []
-
-    def attend(self, layer: int, query: Tensor, call: Call) -> Tensor:
-        if call.softcap is not None or query.shape[-1] != self.values[layer].shape[-1]:
-            if not self._read:
-                self._read = [self._places(group) for group in range(len(self.windows))]
-            return super().attend(layer, query, call)
-        group = self.group_of[layer]
-        window, layout = self.windows[group], self.layout
-        heads, kv_heads = query.shape[1], self.keys[layer].shape[2]
-        out = query.new_empty(query.shape[2], heads, query.shape[3])
-        at = 0
-        for i, count in enumerate(layout.counts):
-            pieces = self._past[group][i]
-            if count == 1:
-                q = query[0, :, at].view(1, kv_heads, heads // kv_heads, -1)
-                found = self._decode(layer, q, pieces, call).view(1, heads, -1)
-            else:
-                q = query[:, :, at : at + count].unflatten(1, (kv_heads, -1))[0]
-                found = self._prompt(layer, q, pieces, layout.starts[i], window, call)
-            out[at : at + count] = found
-            at += count
-        return out[None]
-
-    def _pieces(
-        self, table: BlockTable, start: int, count: int, window: int | None
-    ) -> list[_Piece]:
-        """The cached tokens [first seen, start + count) as views; decodes see no further back than
-        the window, a chunk of several tokens its first token's window."""
-        size, end = self.block_size, start + count
-        first = 0 if window is None else max(0, start - window + 1)
-        pieces = []
-        for column, block, blocks in table.runs:
-            low = max(column * size, first)
-            high = min((column + blocks) * size, end)
-            if low < high:
-                pieces.append(_Piece((block - column) * size + low, high - low))
-        return pieces
-
-    def _view(self, pool: Tensor, piece: _Piece) -> Tensor:
-        """[1, kv heads, length, dim] of the pool, nothing copied."""
-        heads, dim = pool.shape[2], pool.shape[3]
-        token = heads * dim
-        shape = (1, heads, piece.length, dim)
-        return pool.as_strided(shape, (0, dim, token, 1), piece.slot * token)
-
-    def _decode(self, layer: int, q: Tensor, pieces: list[_Piece], call: Call) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        parts = [
-            _flash(q, self._view(keys, p), self._view(values, p), 0.0, False, scale=call.scale)
-            for p in pieces
-        ]
-        out, total = parts[0] if len(parts) == 1 else _join(parts)
-        if call.sinks is None:
-            return out
-        return _dampen(out, total, call.sinks.view(1, q.shape[1], q.shape[2]))
-
-    def _prompt(
-        self,
-        layer: int,
-        q: Tensor,
-        pieces: list[_Piece],
-        start: int,
-        window: int | None,
-        call: Call,
-    ) -> Tensor:
-        """A chunk of one prompt, q [kv heads, group, t, D] -> [t, H, D]."""
-        keys = torch.cat([self._view(self.keys[layer], p) for p in pieces], 2)[0]
-        values = torch.cat([self._view(self.values[layer], p) for p in pieces], 2)[0]
-        count, length, share = q.shape[2], keys.shape[1], q.shape[1]
-        keys = keys[:, None].expand(-1, share, -1, -1)
-        values = values[:, None].expand(-1, share, -1, -1)
-        if window is None or start + count <= window:
-            past = length - count
-            parts = [_flash(q, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=call.scale)]
-            if past:
-                early = keys[:, :, :past], values[:, :, :past]
-                parts.append(_flash(q, *early, 0.0, False, scale=call.scale))
-        else:
-            seen = _visible(start, count, start + count - length, window, None)
-            mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
-            parts = [
-                _flash(q, keys, values, 0.0, False, attn_mask=mask[None, None], scale=call.scale)
-            ]
-        out, total = parts[0] if len(parts) == 1 else _join(parts)
-        if call.sinks is not None:
-            out = _dampen(out, total, call.sinks.view(q.shape[0], share, 1))
-        return out.flatten(0, 1).transpose(0, 1)
-
-
-def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over several pieces from each piece's result and log-sum-exp."""
-    sums = torch.stack([part[1] for part in parts])
-    total = sums.logsumexp(0)
-    weights = (sums - total).exp()
-    joined = sum(part[0] * weight[..., None] for part, weight in zip(parts, weights, strict=True))
-    return joined.to(parts[0][0].dtype), total
-
-
-def _dampen(out: Tensor, total: Tensor, sinks: Tensor) -> Tensor:
-    """A sink adds exp(sink) to the softmax's sum and no value."""
-    return out * torch.sigmoid(total - sinks.float())[..., None].to(out.dtype)

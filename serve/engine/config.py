@@ -16,4 +16,7 @@ class EngineConfig:
     kv_cache_gb: float | None = None
     max_waiting: int = 256
     max_waiting_tokens: int = 1_000_000
+    threads: int | None = None
+    int8: bool = False
+    fast_layers: bool = True
     queue_timeout: float | None = 300.0

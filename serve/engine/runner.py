@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine import sampling
-from serve.engine.attention import AttentionBackend, CpuBackend, Layout, TorchBackend, probe
+from serve.engine import modules, sampling
+from serve.engine.attention import AttentionBackend, Layout, TorchBackend, probe
+from serve.engine.attention_cpu import CpuBackend
 from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.sampling import Draw
@@ -112,6 +113,8 @@ def create_runner(
 ) -> tuple[Runner, KVCache, int]:
     """Look at the model, size the cache, and make what runs it. The third value is the context
     length that the cache can hold."""
+    if device.type == "cpu" and config.fast_layers:
+        modules.install(model, int8=config.int8)
     shapes = probe(model, device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     size = size_cache(

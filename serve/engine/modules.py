@@ -1,0 +1,263 @@
+"""Faster equivalents for modules of stock models on a CPU, put in their place at load.
+
+Two things are gained. Linear layers keep their weights a second time as int8 (one scale per output
+channel), read by torch's weight-only kernel for few rows, where reading weights is all the time
+there is; for many rows the floating-point weights are used, rounded to the same int8 values, so
+that a token's result does not depend on what else is in its step. And decoder layers of the Llama
+family run as one module: queries, keys and values by one product, gate and up by one, norms and
+rotary embedding by a few operations instead of dozens.
+
+The stock layer stays inside as the reference and runs whenever it is called without the CPU cache;
+its weights are views of the joined ones. Called once by runner.py; knows modules, no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from serve.engine.attention import Call
+from serve.engine.attention_cpu import CpuBackend
+
+log = logging.getLogger(__name__)
+
+LAYERS = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+_MIN_WEIGHTS = 1 << 16  # smaller matrices are in the processor's cache either way
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
+
+
+class Int8Weight:
+    """A matrix [out, in] as int8 with one bf16 scale per output, for up to `rows` rows of input."""
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        """Also rounds `weight` itself, in place, to the values that are kept."""
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-8).bfloat16()
+        wide = scale.to(weight.dtype)[:, None]
+        packed = (weight / wide).round_().clamp_(-127, 127)
+        self.packed = packed.to(torch.int8)
+        self.scale = scale
+        self.rows = rows
+        weight.copy_(packed.mul_(wide))
+
+
+class Projection(nn.Module):
+    """y = x W' + b for x [rows, in]; several stock layers of the same input may be joined in it."""
+
+    def __init__(self, parts: Sequence[nn.Linear], int8_rows: int) -> None:
+        super().__init__()
+        weight = torch.cat([part.weight.data for part in parts]) if len(parts) > 1 else None
+        # Not a parameter: the stock layers' own parameters are its views, and are counted once.
+        self.weight = parts[0].weight.data if weight is None else weight
+        self.bias = _joined_bias(parts)
+        if weight is not None:
+            for part, piece in zip(
+                parts, weight.split([p.out_features for p in parts]), strict=True
+            ):
+                part.weight.data = piece
+        self.int8 = Int8Weight(self.weight, int8_rows) if int8_rows else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        int8 = self.int8
+        if int8 is None or x.shape[0] > int8.rows:
+            return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        out = torch._weight_int8pack_mm(x.bfloat16(), int8.packed, int8.scale)
+        return out if self.bias is None else out + self.bias
+
+
+def _joined_bias(parts: Sequence[nn.Linear]) -> Tensor | None:
+    """The parts' biases one after the other, zeros for a part without one; None if none has one."""
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat(
+        [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.data for p in parts]
+    )
+
+
+class PackedLinear(nn.Module):
+    """A stock nn.Linear's stand-in for inputs of any shape; answers in the input's dtype."""
+
+    def __init__(self, stock: nn.Linear, int8_rows: int) -> None:
+        super().__init__()
+        self.stock = stock
+        self.projection = Projection([stock], int8_rows)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stock.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x.flatten(0, -2)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Rotation:
+    """A step's rotary factors in the shape the joined layers use, made once a step for all."""
+
+    def __init__(self) -> None:
+        self._cos: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def of(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """cos [T, 1, D], and sin with its first half negated: x cos + roll(x, D / 2) sin turns
+        halves as transformers' rotate_half does."""
+        if self._made is None or self._cos is not cos:
+            half = sin.shape[-1] // 2
+            signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+            self._cos, self._made = cos, (cos[0][:, None], signed)
+        return self._made
+
+
+class JoinedLayer(nn.Module):
+    """A decoder layer of the Llama family: norm, attention, norm, gated MLP, with residuals."""
+
+    def __init__(self, stock: Any, rotation: Rotation, int8_rows: int) -> None:
+        super().__init__()
+        attention, mlp = stock.self_attn, stock.mlp
+        self.stock = stock
+        self.rotation = rotation
+        self.layer = int(attention.layer_idx)
+        self.dim = int(attention.head_dim)
+        self.heads = attention.q_proj.out_features // self.dim
+        self.kv_heads = attention.k_proj.out_features // self.dim
+        self.call = Call(float(attention.scaling))
+        self.qkv = Projection([attention.q_proj, attention.k_proj, attention.v_proj], int8_rows)
+        self.out = Projection([attention.o_proj], int8_rows)
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], int8_rows)
+        self.down = Projection([mlp.down_proj], int8_rows)
+        self.hidden = mlp.gate_proj.out_features
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        backend = kwargs.get("paged")
+        if not isinstance(backend, CpuBackend):
+            out: Tensor = self.stock(hidden_states, *args, **kwargs)
+            return out
+        rows = hidden_states[0]
+        rows = rows + self._attend(rows, kwargs["position_embeddings"], backend)
+        joined = self.gate_up(_norm(rows, self.stock.post_attention_layernorm))
+        gated = functional.silu(joined[:, : self.hidden]) * joined[:, self.hidden :]
+        return (rows + self.down(gated))[None]
+
+    def _attend(self, rows: Tensor, position: tuple[Tensor, Tensor], backend: CpuBackend) -> Tensor:
+        packed = self.qkv(_norm(rows, self.stock.input_layernorm)).to(rows.dtype)
+        packed = packed.view(rows.shape[0], -1, self.dim)
+        turning = packed[:, : self.heads + self.kv_heads]
+        if self.q_norm is not None:
+            queries, keys = turning[:, : self.heads], turning[:, self.heads :]
+            queries.copy_(_norm(queries, self.q_norm))
+            keys.copy_(_norm(keys, self.k_norm))
+        cos, sin = self.rotation.of(*position)
+        turned = turning.roll(self.dim // 2, -1)
+        turning.mul_(cos).addcmul_(turned, sin)
+        seen = backend.attend_packed(self.layer, packed, self.heads, self.call)
+        return self.out(seen.flatten(1))
+
+
+class FastNorm(nn.Module):
+    """RMSNorm as one operation."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.weight = stock.weight
+        self.variance_epsilon = stock.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _norm(x, self)
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+# -- putting them in place -------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def install(model: Any, *, int8: bool) -> int:
+    """Replace what has a faster equivalent, in place. Returns up to how many rows int8 weights are
+    used: 0 when `int8` is off or no faster on this machine."""
+    rows = measure_int8_rows(model) if int8 else 0
+    rotation = Rotation()
+    for name, module in _outside_joined(model):
+        if type(module).__name__ in LAYERS and _is_plain(module):
+            _replace(model, name, JoinedLayer(module, rotation, rows))
+    if rows:
+        for name, module in _lone_linears(model):
+            _replace(model, name, PackedLinear(module, rows))
+    return rows
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is built exactly as JoinedLayer computes it."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    gated = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return (
+        all(type(linear) is nn.Linear for linear in (*linears, *gated))
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and not layer.training
+    )
+
+
+def _lone_linears(model: Any) -> list[tuple[str, nn.Linear]]:
+    return [
+        (name, module)
+        for name, module in _outside_joined(model)
+        if type(module) is nn.Linear and module.weight.numel() >= _MIN_WEIGHTS
+    ]
+
+
+def _outside_joined(model: Any) -> list[tuple[str, nn.Module]]:
+    """The modules that are no part of one replaced already."""
+    done = tuple(
+        name + "."
+        for name, module in model.named_modules()
+        if isinstance(module, JoinedLayer | PackedLinear)
+    )
+    return [(name, m) for name, m in model.named_modules() if not name.startswith(done)]
+
+
+def _replace(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def measure_int8_rows(model: Any) -> int:
+    """Up to how many rows the int8 product of this model's middling matrix beats its own dtype."""
+    weights = [m.weight for m in model.modules() if type(m) is nn.Linear]
+    weights = sorted((w for w in weights if w.numel() >= _MIN_WEIGHTS), key=lambda w: w.numel())
+    if not weights:
+        return 0
+    weight = weights[len(weights) // 2].detach().clone()
+    packed = Int8Weight(weight, 0)
+    best = 0
+    for rows in _ROWS:
+        x = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
+        small = x.bfloat16()
+        plain = _seconds(lambda x=x: functional.linear(x, weight))  # type: ignore[misc]
+        quick = _seconds(
+            lambda x=small: torch._weight_int8pack_mm(x, packed.packed, packed.scale)  # type: ignore[misc]
+        )
+        if quick > plain:
+            break
+        best = rows
+    log.info("int8 weights are used for up to %d rows", best)
+    return best
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The best of a few goes: other work on the machine only ever adds."""
+    goes = []
+    for _ in range(7):
+        began = time.perf_counter()
+        work()
+        goes.append(time.perf_counter() - began)
+    return min(goes)
