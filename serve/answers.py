@@ -21,19 +21,22 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.errors import InvalidRequest
+from serve import pictures
+from serve.addresses import Fetcher
+from serve.errors import InvalidRequest, Unsupported
 from serve.keys import Identity, KeyRing
 from serve.limits import Budgets
 from serve.memory import ThoughtMemory
 from serve.service import Service
 from serve.settings import Settings
 from serve.store import ResponseStore, StoredResponse
-from serve.values import ChatRequest, Event, ModelCard
+from serve.values import ChatRequest, Event, ImagePart, ModelCard
 from serve.wire import about, chat, completions, responses
 from serve.wire.body import Body, parse
 from serve.wire.callers import request_id
 from serve.wire.chat_answer import ChunkWriter, Fold, Head
 from serve.wire.completions import CompletionFold, CompletionWriter
+from serve.wire.parts import with_pictures, without_pictures
 from serve.wire.responses_answer import ResponseBuilder
 from serve.wire.responses_list import listed
 from serve.wire.seal import Seal
@@ -82,13 +85,15 @@ class Answers:
         self._store = store
         self._seal = Seal(keys.server_secret)
         self._memory = ThoughtMemory()
+        self._fetcher = Fetcher(settings.allow_image_urls)
         self._running: dict[str, _Running] = {}
 
     # -- chat completions and completions ----------------------------------------------------------
 
     async def chat_completions(self, request: Request) -> Response:
         call = await _read(request, partial(self._read_chat, request))
-        turn, told = await self._begin_chat(request, call.request, call.ignored)
+        asked = await self._prepared(request, call.request)
+        turn, told = await self._begin_chat(request, asked, call.ignored)
         head, n = self._head("chatcmpl-", call.request.model), call.request.sampling.n
         if call.stream:
             return EventStream(turn, ChunkWriter(head, n, call.include_usage).event, told)
@@ -119,7 +124,9 @@ class Answers:
 
     async def create_response(self, request: Request) -> Response:
         call = await _read(request, partial(self._read_response, request))
-        asked = await self._fitted(call) if call.has_auto_truncation else call.request
+        asked = await self._prepared(request, call.request)
+        if call.has_auto_truncation:
+            asked = await self._fitted(asked)
         head = self._head("resp_", asked.model)
         builder = ResponseBuilder(
             head, call.echo, call.declared, self._closer(call), partial(self._keep, call)
@@ -211,24 +218,28 @@ class Answers:
 
     async def input_tokens(self, request: Request) -> Response:
         call = await _read(request, partial(self._read_response, request))
-        count = await self._service.count(call.request)
+        count = await self._service.count(await self._prepared(request, call.request))
         return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
-    async def _fitted(self, call: responses.ResponsesCall) -> ChatRequest:
+    async def _fitted(self, asked: ChatRequest) -> ChatRequest:
         """Without the oldest turns that do not fit the context; by bisection, since a longer
         prompt never has fewer tokens."""
-        card = self._service.model(call.request.model)
-        room = card.context_length - (call.request.sampling.max_tokens or 1)
-        shorter = responses.ever_shorter(call.request.messages)
+        card = self._service.model(asked.model)
+        room = card.context_length - (asked.sampling.max_tokens or 1)
+        shorter = responses.ever_shorter(asked.messages)
         low, high = 0, len(shorter) - 1
         while low < high:
             middle = (low + high) // 2
-            asked = replace(call.request, messages=shorter[middle])
-            is_fitting = await self._service.count(asked) <= room
-            low, high = (low, middle) if is_fitting else (middle + 1, high)
-        return replace(call.request, messages=shorter[low])
+            count = await self._service.count(replace(asked, messages=shorter[middle]))
+            low, high = (low, middle) if count <= room else (middle + 1, high)
+        return replace(asked, messages=shorter[low])
 
     # -- what all have in common -------------------------------------------------------------------
+
+    async def _prepared(self, request: Request, asked: ChatRequest) -> ChatRequest:
+        """With its pictures fetched and the thoughts that the client dropped put back."""
+        asked = self._memory.restore(await self._illustrated(asked))
+        return replace(asked, may_switch=self._may_switch(request))
 
     async def _begin_chat(
         self,
@@ -237,10 +248,31 @@ class Answers:
         ignored: Iterable[str],
         *watchers: Watcher,
     ) -> tuple[Turn, dict[str, str]]:
-        """With the thoughts that the client dropped put back, and new ones kept."""
-        asked = replace(self._memory.restore(asked), may_switch=self._may_switch(request))
         recorder = self._memory.recorder(asked.tenant)
         return await self._begin(request, self._service.chat(asked), ignored, recorder, *watchers)
+
+    async def _illustrated(self, asked: ChatRequest) -> ChatRequest:
+        """With pictures fetched that it names by address, or without them where the model sees
+        nothing and IMAGE_FALLBACK is "drop". Raises Unsupported or InvalidRequest."""
+        places = [image for message in asked.messages for image in message.images]
+        if not places:
+            return asked
+        cards = self._service.models()
+        if cards and cards[0].capabilities.vision is False:
+            if self._settings.image_fallback == "refuse":
+                where = places[0].where or "messages"
+                raise Unsupported(
+                    f"'{where}': {cards[0].id} reads no pictures; send text only.", param=where
+                )
+            return replace(asked, messages=without_pictures(asked.messages))
+        found = {
+            image: await self._fetched(image) for image in places if image.url and not image.data
+        }
+        return replace(asked, messages=with_pictures(asked.messages, found))
+
+    async def _fetched(self, image: ImagePart) -> ImagePart:
+        data = await self._fetcher.get(image.url, image.where)
+        return replace(image, data=data, media_type=pictures.check(data, image.where), url="")
 
     async def _begin(
         self,

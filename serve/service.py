@@ -204,7 +204,7 @@ class Service:
         except ServeError as error:
             yield Failed(error)
             return
-        parsers = [served.format.text_parser(request) for _ in range(request.sampling.n)]
+        parsers = [served.format.text_parser(request, i) for i in range(request.sampling.n)]
         run = _Run(served.engine, _generation(rendered, request), parsers)
         async with contextlib.aclosing(run.events()) as events:
             async for event in events:

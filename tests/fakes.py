@@ -16,6 +16,7 @@ from serve.values import (
     ReasoningDelta,
     TextDelta,
     TextRequest,
+    TokenLogprob,
     ToolCallDelta,
     ToolCallStarted,
 )
@@ -38,9 +39,13 @@ class ByteParser:
         self._name = ""
 
     def feed(self, ids: Sequence[int], scores: Sequence[TokenScore] = ()) -> list[ContentEvent]:
-        return [event for token in ids for event in self._one(token)]
+        return [
+            event
+            for i, token in enumerate(ids)
+            for event in self._one(token, scores[i] if i < len(scores) else None)
+        ]
 
-    def _one(self, token: int) -> list[ContentEvent]:
+    def _one(self, token: int, score: TokenScore | None) -> list[ContentEvent]:
         if token == END:
             return []
         if token in (THINK, SAY, CALL):
@@ -58,7 +63,7 @@ class ByteParser:
         if any(self._said.endswith(stop) for stop in self._stop):
             self.is_stopped = True
             return []
-        return [TextDelta(text, self._choice)]
+        return [TextDelta(text, self._choice, () if score is None else (scored(token, score),))]
 
     def _call(self, text: str) -> list[ContentEvent]:
         index = self._calls - 1
@@ -74,6 +79,11 @@ class ByteParser:
 
     def reason(self, ended: FinishReason) -> FinishReason:
         return "tool_calls" if ended == "stop" and self._calls else ended
+
+
+def scored(token: int, score: TokenScore) -> TokenLogprob:
+    top = tuple(TokenLogprob(chr(i), bytes([i % 256]), p) for i, p in score.top)
+    return TokenLogprob(chr(token), bytes([token]), score.logprob, top)
 
 
 class ByteFormat:
@@ -95,8 +105,8 @@ class ByteFormat:
         ids = tuple(prompt.encode()) if isinstance(prompt, str) else prompt
         return Rendered(Prompt(ids), frozenset({END}))
 
-    def text_parser(self, request: TextRequest) -> ByteParser:
-        return ByteParser(request.sampling.stop)
+    def text_parser(self, request: TextRequest, choice: int = 0) -> ByteParser:
+        return ByteParser(request.sampling.stop, choice)
 
 
 def ids(text: str) -> tuple[int, ...]:

@@ -71,6 +71,6 @@ class ChatFormat(Protocol):
         checked."""
         ...
 
-    def text_parser(self, request: TextRequest) -> StreamParser:
+    def text_parser(self, request: TextRequest, choice: int = 0) -> StreamParser:
         """Ids to text and stop strings, nothing else."""
         ...

@@ -69,11 +69,12 @@ class HarmonyFormat:
     def render_text(self, request: TextRequest) -> Rendered:
         return Rendered(Prompt(raw_prompt(self._vocabulary, request.prompt)))
 
-    def text_parser(self, request: TextRequest) -> StreamParser:
+    def text_parser(self, request: TextRequest, choice: int = 0) -> StreamParser:
         return TextParser(
             self._vocabulary,
             hidden=self._vocabulary.control_ids,
             stops=request.sampling.stop,
+            choice=choice,
             is_start=False,
         )
 

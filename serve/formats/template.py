@@ -162,9 +162,13 @@ class TemplateFormat:
     def render_text(self, request: TextRequest) -> Rendered:
         return Rendered(Prompt(raw_prompt(self._vocabulary, request.prompt)))
 
-    def text_parser(self, request: TextRequest) -> StreamParser:
+    def text_parser(self, request: TextRequest, choice: int = 0) -> StreamParser:
         return TextParser(
-            self._vocabulary, hidden=self._hidden, stops=request.sampling.stop, is_start=False
+            self._vocabulary,
+            hidden=self._hidden,
+            stops=request.sampling.stop,
+            choice=choice,
+            is_start=False,
         )
 
     def _check(self, request: ChatRequest) -> None:

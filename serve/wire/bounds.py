@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from serve import pictures
 from serve.errors import InvalidRequest
 
 BODY_BYTES = 32 * 1024 * 1024
@@ -30,8 +31,8 @@ class Limit:
 
 MESSAGES = Limit("messages or input items", 2048)
 PARTS = Limit("content parts", 512)
-IMAGES = Limit("images", 32)
-IMAGE_BYTES = Limit("bytes", 20 * 1024 * 1024)
+IMAGES = Limit("images", pictures.MAX_IMAGES)
+IMAGE_BYTES = Limit("bytes of a picture", pictures.MAX_BYTES)
 TOOLS = Limit("tools", 512)
 SCHEMA_CHARS = Limit("characters of JSON schema", 256 * 1024)
 SCHEMA_DEPTH = Limit("levels of nesting", 64)

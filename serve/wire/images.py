@@ -1,26 +1,23 @@
-"""An image as a request carries it: a data: URL, turned into an ImagePart.
+"""An image as a request carries it, as an ImagePart: a data: URL decoded, an address kept as one.
 
-Decoding is checked strictly; the kind of picture is read from its first bytes, never from its
-label. Pixels are not decoded here. Used by parts.py.
+Base64 is checked strictly and the picture's header by serve.pictures; pixels are not decoded and
+nothing is fetched here. Used by parts.py.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from typing import Literal, cast
 
-from serve.errors import InvalidRequest, Unsupported
+from serve import pictures
+from serve.errors import InvalidRequest
 from serve.values import ImagePart
 from serve.wire import bounds
 from serve.wire.body import Body
 
-_KINDS = (
-    (b"\x89PNG\r\n\x1a\n", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"GIF87a", "image/gif"),
-    (b"GIF89a", "image/gif"),
-)
+Detail = Literal["auto", "low", "high"]
 
 
 def read_image(part: Body, name: str) -> ImagePart:
@@ -28,42 +25,25 @@ def read_image(part: Body, name: str) -> ImagePart:
     inner = part
     if isinstance(part.get(name), dict):
         inner, name = part.required_object(name), "url"
-    url = inner.required_text(name)
-    detail = inner.one_of("detail", ("auto", "low", "high", "original")) or "auto"
-    if detail == "original":
-        detail = "high"
-    data = _decode(url, inner.at(name))
-    return ImagePart(
-        data, _kind(data, inner.at(name)), cast(Literal["auto", "low", "high"], detail)
-    )
+    url, where = inner.required_text(name), inner.at(name)
+    asked = inner.one_of("detail", ("auto", "low", "high", "original")) or "auto"
+    detail = cast(Detail, "high" if asked == "original" else asked)
+    if re.match(r"https?:", url, re.IGNORECASE):
+        return ImagePart(b"", detail=detail, url=url, where=where)
+    data = _decode(url, where)
+    return ImagePart(data, pictures.check(data, where), detail, where=where)
 
 
 def _decode(url: str, where: str) -> bytes:
-    if url[:5].lower() != "data:":
-        raise Unsupported(
-            f"'{where}': this server fetches no image addresses; send the picture itself as a "
-            "data: URL (data:image/png;base64,…).",
+    label, comma, written = url[5:].partition(",")
+    if url[:5].lower() != "data:" or not comma or not label.lower().endswith(";base64"):
+        raise InvalidRequest(
+            f"'{where}' must be a base64 data: URL (data:image/png;base64,…) or an http(s) "
+            "address.",
             param=where,
         )
-    label, comma, written = url[5:].partition(",")
-    if not comma or not label.lower().endswith(";base64"):
-        raise InvalidRequest(
-            f"'{where}' must be a base64 data: URL (data:image/png;base64,…).", param=where
-        )
-    bounds.IMAGE_BYTES.check(len(written) * 3 // 4, where)
+    bounds.IMAGE_BYTES.check(len(written) * 3 // 4 - 2, where)
     try:
         return base64.b64decode("".join(written.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest(f"'{where}' is not valid base64.", param=where) from None
-
-
-def _kind(data: bytes, where: str) -> str:
-    for start, kind in _KINDS:
-        if data.startswith(start):
-            return kind
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    raise InvalidRequest(
-        f"'{where}' is not a PNG, JPEG, WebP or GIF picture; convert it to one of these.",
-        param=where,
-    )

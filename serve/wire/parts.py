@@ -6,8 +6,11 @@ and items.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 from serve.errors import InvalidRequest, Unsupported
-from serve.values import Part, ReasoningPart, TextPart
+from serve.values import ImagePart, Message, Part, ReasoningPart, TextPart
 from serve.wire import bounds
 from serve.wire.body import Body, shown
 from serve.wire.images import read_image
@@ -58,4 +61,36 @@ def _part(item: object, where: str, ignored: list[str]) -> Part:
     raise Unsupported(
         f"'{where}': content of type {kind!r} is not supported; send text or image parts.",
         param=where,
+    )
+
+
+DROPPED = "[A picture was here; the model that answers cannot see it.]"
+
+
+def without_pictures(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The same with each picture told in words."""
+    return tuple(
+        replace(
+            message,
+            parts=tuple(
+                TextPart(DROPPED) if isinstance(part, ImagePart) else part for part in message.parts
+            ),
+        )
+        for message in messages
+    )
+
+
+def with_pictures(
+    messages: Sequence[Message], found: Mapping[ImagePart, ImagePart]
+) -> tuple[Message, ...]:
+    """The same with each picture that is a key of `found` replaced."""
+    return tuple(
+        replace(
+            message,
+            parts=tuple(
+                found.get(part, part) if isinstance(part, ImagePart) else part
+                for part in message.parts
+            ),
+        )
+        for message in messages
     )
