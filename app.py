@@ -1,0 +1,179 @@
+"""Composition root: settings -> page and API on one port -> loader -> engine -> requests.
+
+Run as `python app.py` (a Space does) or by scripts/run. Holds no logic of its own: it builds the
+parts, hands them to each other, and ends them in order when the process is told to stop. Parses on
+old Pythons, so that they can say what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (an old image runs this file too)
+    from serve.bootstrap import restart_with_newer_python
+
+    restart_with_newer_python(__file__)
+
+import gc
+import logging
+import signal
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from serve.settings import PUBLIC_MODEL_NAME, BadSetting, Settings, from_env, prepare_libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serve.keys import KeyRing
+    from serve.limits import Budgets
+    from serve.model import LoadedModel
+    from serve.service import ServedModel, Service
+    from serve.ui.visit import Visit
+
+log = logging.getLogger("app")
+
+DRAIN_SECONDS = 4.0
+SWITCH_DRAIN_SECONDS = 120.0
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per download range says nothing
+    try:
+        settings = from_env()
+    except BadSetting as bad:
+        print(bad, file=sys.stderr)
+        return 2
+    problem = port_problem(settings.host, settings.port)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    prepare_libraries(settings)
+    return serve(settings)
+
+
+def port_problem(host: str, port: int) -> str | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return (
+                f"PORT={port} on HOST={host} cannot be used: {error.strerror}. "
+                "Stop what listens there, or set PORT to a free one."
+            )
+    return None
+
+
+def serve(settings: Settings) -> int:
+    """Bind first, load in a thread: the page is up while weights come. Returns the exit code."""
+    from starlette.middleware import Middleware
+
+    from openai_compat import create_api
+    from serve.keys import KeyRing
+    from serve.limits import Budgets
+    from serve.service import Service
+    from serve.ui.page import create_page, launch_options
+
+    service = Service(", ".join(settings.model_ids) or settings.hf_model_id, PUBLIC_MODEL_NAME)
+    keys, budgets = KeyRing.from_settings(settings), Budgets(settings)
+    api = create_api(service, keys, settings, budgets)
+    page = create_page(service, visit_of=visits(keys, budgets, settings))
+    options = launch_options(service)
+    first_paint, arguments = options["middleware"]
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        prevent_thread_lock=True,
+        quiet=True,
+        app_kwargs={
+            **api,
+            "middleware": [*api["middleware"], Middleware(first_paint, **arguments)],
+        },
+        **options["launch"],
+    )
+    base = f"http://{local_name(settings.host)}:{settings.port}"
+    print(f"Page: {base}/   API: {base}/v1", *keys.announcement(base), sep="\n", flush=True)
+    threading.Thread(target=load, args=(service, settings), name="loader", daemon=True).start()
+    stop.wait()
+    log.info("Stopping: running answers get %.0f s to end.", DRAIN_SECONDS)
+    page.server.config.timeout_graceful_shutdown = 2
+    service.close(DRAIN_SECONDS)
+    page.close(verbose=False)
+    gc.freeze()  # the interpreter's last collections over all these modules take seconds
+    return 0
+
+
+def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> Callable[[str, str, str], Visit]:
+    """Who a visitor of the page is: an address's budget and a session's cache, or the owner."""
+    from serve.ui.visit import Visit
+
+    def visit_of(address: str, session: str, token: str) -> Visit:
+        who = keys.page_identity(address, session)
+        is_owner = bool(token) and keys.is_owner_token(token)
+        may_switch = settings.model_switch == "all" or (
+            settings.model_switch == "owner" and is_owner
+        )
+        return Visit(who.tenant, may_switch, lambda: budgets.admit(who.bucket))
+
+    return visit_of
+
+
+def local_name(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+def load(service: Service, settings: Settings) -> None:
+    """The loading thread: the first model that fits, then whichever offered one is asked for."""
+    import loader
+
+    sources = loader.Loader(settings, service.report, service.pass_over)
+    wanted: str | None = None
+    while True:
+        try:
+            loaded = sources.load() if wanted is None else sources.load_offered(wanted)
+            service.attach(assemble(loaded, settings))
+            service.offer(sources.offered())
+        except loader.LoadFailed as failed:
+            log.error("%s", failed)
+            service.fail(str(failed))
+        except Exception:  # the thread's boundary: without it the page would say "loading" for ever
+            log.exception("Loading broke")
+            service.fail("Loading broke; the log has the details.")
+        wanted = service.wait_for_switch()
+        if wanted is None:
+            return
+        previous = service.detach()
+        if previous is not None:
+            previous.engine.close(SWITCH_DRAIN_SECONDS)
+
+
+def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
+    """Engine and format around a loaded model."""
+    from serve.engine.config import EngineConfig
+    from serve.engine.engine import create_engine
+    from serve.formats.choose import choose
+    from serve.service import ServedModel
+
+    engine = create_engine(
+        loaded.model,
+        eos_ids=loaded.eos_ids,
+        context_length=loaded.context_length,
+        device=loaded.device,
+        config=EngineConfig(
+            kv_cache_gb=settings.kv_cache_gb, int8=settings.quant_type in ("auto", "int8")
+        ),
+    )
+    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    spoken = choose(loaded.tokenizer, loaded.model_type, loaded.eos_ids, vocabulary)
+    return ServedModel(loaded.card(spoken.capabilities()), spoken, engine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
