@@ -25,5 +25,5 @@ def choose(
     vocabulary = Vocabulary(tokenizer, vocabulary_size)
     marks = marks_of(vocabulary)
     if marks is not None:
-        return HarmonyFormat(vocabulary, marks)
+        return HarmonyFormat(vocabulary, marks, eos_ids)
     return TemplateFormat(vocabulary, eos_ids)

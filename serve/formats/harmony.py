@@ -15,6 +15,8 @@ from serve.engine.face import Prompt
 from serve.errors import InvalidRequest, Unsupported
 from serve.formats.base import Rendered, StreamParser
 from serve.formats.calls import CallWriter
+from serve.formats.grammar import GrammarCompiler
+from serve.formats.harmony_grammar import harmony_grammar
 from serve.formats.harmony_parse import HarmonyParser
 from serve.formats.harmony_render import EFFORTS, Marks, render
 from serve.formats.template import allowed_options, raw_prompt
@@ -29,11 +31,16 @@ class HarmonyFormat:
     name = "harmony"
 
     def __init__(
-        self, vocabulary: Vocabulary, marks: Marks, today: Callable[[], date] = date.today
+        self,
+        vocabulary: Vocabulary,
+        marks: Marks,
+        eos_ids: frozenset[int] = frozenset(),
+        today: Callable[[], date] = date.today,
     ) -> None:
         self._vocabulary = vocabulary
         self._marks = marks
         self._today = today
+        self._grammars = GrammarCompiler(vocabulary, eos_ids | {marks.returns, marks.call})
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -42,15 +49,22 @@ class HarmonyFormat:
 
     def render(self, request: ChatRequest) -> Rendered:
         _check(request)
+        tools = tools_shown(request)
+        grammar = harmony_grammar(self._grammars, self._marks, request, tools)
         ids = render(
             self._vocabulary,
             self._marks,
             request,
             effort=EFFORTS[_effort(request)],
             today=self._today(),
-            tools=tools_shown(request),
+            tools=tools,
         )
-        return Rendered(Prompt(ids), frozenset({self._marks.returns, self._marks.call}))
+        ends = frozenset({self._marks.returns, self._marks.call})
+        return Rendered(Prompt(ids), ends, grammar)
+
+    def warm(self) -> None:
+        """Do now what the first request for structured output would wait for."""
+        self._grammars.warm()
 
     def parser(self, request: ChatRequest, choice: int = 0) -> StreamParser:
         tools = tools_shown(request)
@@ -79,6 +93,26 @@ class HarmonyFormat:
         )
 
 
+def check_tool_choice(request: ChatRequest) -> None:
+    """A choice must be one that the declared tools can satisfy."""
+    choice = request.tool_choice
+    declared = [tool.name for tool in request.tools]
+    missing = [name for name in choice.names if name not in declared]
+    if missing:
+        raise InvalidRequest(
+            f"tool_choice names {missing[0]!r}, which is not among the tools.", param="tool_choice"
+        )
+    if choice.mode == "required" and not declared:
+        raise InvalidRequest("tool_choice needs tools to choose from.", param="tool_choice")
+    if request.continue_final_message and (
+        choice.mode == "required" or request.response_format.kind != "text"
+    ):
+        raise InvalidRequest(
+            "A message begun cannot be continued under a response format or a forced call.",
+            param="continue_final_message",
+        )
+
+
 def tools_shown(request: ChatRequest) -> tuple[Tool, ...]:
     """The tools that the model may call: none with tool_choice "none", the named ones where it
     names some."""
@@ -104,6 +138,7 @@ def _effort(request: ChatRequest) -> Effort:
 
 
 def _check(request: ChatRequest) -> None:
+    check_tool_choice(request)
     if not request.messages:
         raise InvalidRequest("At least one message is needed.", param="messages")
     if any(message.images for message in request.messages):

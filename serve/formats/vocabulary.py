@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Vocabulary:
         # A fast tokenizer keeps its settings (such as "split special tokens") in one shared
         # object, so two threads may not encode through it at once.
         self.lock = Lock()
+        self._plain: Any = None
 
     def id_of(self, token: str) -> int | None:
         """The id whose token text is exactly `token`, None if there is none."""
@@ -50,18 +52,15 @@ class Vocabulary:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as mere text: control tokens written in it become their characters."""
-        with self.lock:
-            return list(
-                self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            )
+        return self.encode_plain_many([text])[0]
 
     def encode_plain_many(self, texts: list[str]) -> list[list[int]]:
-        """`encode_plain` of each text, in one call of the tokenizer."""
-        if not texts:
-            return []
-        with self.lock:
-            found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-        return [list(ids) for ids in found["input_ids"]]
+        """`encode_plain` of each text, in one call of the tokenizer. Waits for no other thread."""
+        if self._plain is None:
+            with self.lock:
+                self._plain = self._plain or _plain_copy(self.tokenizer)
+        found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [list(encoding.ids) for encoding in found]
 
     def bytes_of(self, token: int) -> bytes:
         """The exact bytes `token` adds to a text; a control token gives its name's. Unknown ids
@@ -79,6 +78,36 @@ class Vocabulary:
             return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
         text = b"".join(map(self.bytes_of, kept)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.strips_first_space else text
+
+
+def _plain_copy(tokenizer: Any) -> Any:
+    """A second tokenizer that reads everything as text and is never set otherwise, so that any
+    number of threads may use it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _SlowPlain(tokenizer)
+    plain = type(backend).from_str(backend.to_str())
+    plain.encode_special_tokens = True
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+class _SlowPlain:
+    """The same for a tokenizer written in Python."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
+        return [
+            SimpleNamespace(
+                ids=self._tokenizer.encode(
+                    text, add_special_tokens=add_special_tokens, split_special_tokens=True
+                )
+            )
+            for text in texts
+        ]
 
 
 def _control_ids(tokenizer: Any) -> frozenset[int]:
