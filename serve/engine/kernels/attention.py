@@ -76,13 +76,18 @@ def decode(
     kernels.decode_kernel[(sequences, kv_heads, splits)](
         query, keys, values, tables, lengths, sinks, out, parts, sums, tables.stride(0),
         rule.scale * log2, heads, kv_heads, group, rows, dim, size, rule.window or 0, splits,
-        64, rule.sinks is not None, num_warps=4, num_stages=3,
+        _decode_block(rule, dim), rule.sinks is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         kernels.join_kernel[(sequences, heads)](
             parts, sums, sinks, out, lengths, heads, dim, splits, 1 << (splits - 1).bit_length(),
             rule.sinks is not None, num_warps=2,
         )  # fmt: skip
+
+
+def _decode_block(rule: Rule, dim: int) -> int:
+    """Keys a step: a short window goes in one."""
+    return 128 if rule.window is not None and rule.window <= 128 and dim <= 64 else 64
 
 
 def prefill(

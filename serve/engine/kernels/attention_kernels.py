@@ -7,35 +7,21 @@ pools are 64-bit: a pool may pass 2**31 elements.
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+# fmt: off
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def _attend(
-    q: Any,
-    keys_ptr: Any,
-    values_ptr: Any,
-    table_ptr: Any,
-    at: Any,
-    end: Any,
-    last: Any,
-    best: Any,
-    total: Any,
-    acc: Any,
-    scale: Any,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-) -> Any:
+    q: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, table_ptr: tl.tensor, at: tl.tensor,
+    end: tl.tensor, last: tl.tensor, best: tl.tensor, total: tl.tensor, acc: tl.tensor,
+    scale: tl.tensor, KV_HEADS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+) -> tl.tensor:
     """Fold keys at..at + BLOCK into a running softmax: row r sees keys up to last[r] (and below
     `end`); only where MASKED is that looked at."""
     d = tl.arange(0, DIM)
@@ -61,7 +47,9 @@ def _attend(
 
 
 @triton.jit
-def _finish(best: Any, total: Any, acc: Any, sink: Any, HAS_SINK: tl.constexpr) -> Any:
+def _finish(
+    best: tl.tensor, total: tl.tensor, acc: tl.tensor, sink: tl.tensor, HAS_SINK: tl.constexpr,
+) -> tl.tensor:
     """The softmax's quotient, the sink counted in; rows that saw nothing give 0."""
     if HAS_SINK:
         highest = tl.maximum(best, sink)
@@ -73,26 +61,11 @@ def _finish(best: Any, total: Any, acc: Any, sink: Any, HAS_SINK: tl.constexpr) 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
-    query_ptr: Any,
-    keys_ptr: Any,
-    values_ptr: Any,
-    tables_ptr: Any,
-    lengths_ptr: Any,
-    sinks_ptr: Any,
-    out_ptr: Any,
-    parts_ptr: Any,
-    sums_ptr: Any,
-    table_stride: Any,
-    scale: Any,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    query_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, tables_ptr: tl.tensor,
+    lengths_ptr: tl.tensor, sinks_ptr: tl.tensor, out_ptr: tl.tensor, parts_ptr: tl.tensor,
+    sums_ptr: tl.tensor, table_stride: tl.tensor, scale: tl.tensor, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ) -> None:
     sequence = tl.program_id(0)
@@ -101,11 +74,11 @@ def decode_kernel(
     length = tl.load(lengths_ptr + sequence)
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0) // BLOCK
-    blocks = (length + BLOCK - 1) // BLOCK - first
-    share = (blocks + SPLITS - 1) // SPLITS
-    low = (first + split * share) * BLOCK
-    high = tl.minimum((first + (split + 1) * share) * BLOCK, length)
+        first = tl.maximum(length - WINDOW, 0)
+    blocks = (length - first + BLOCK - 1) // BLOCK
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK
+    low = first + split * share
+    high = tl.minimum(low + share, length)
     rows = tl.arange(0, ROWS)
     d = tl.arange(0, DIM)
     head = kv_head * GROUP + rows
@@ -155,16 +128,9 @@ def decode_kernel(
 
 @triton.jit
 def join_kernel(
-    parts_ptr: Any,
-    sums_ptr: Any,
-    sinks_ptr: Any,
-    out_ptr: Any,
-    lengths_ptr: Any,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_SINK: tl.constexpr,
+    parts_ptr: tl.tensor, sums_ptr: tl.tensor, sinks_ptr: tl.tensor, out_ptr: tl.tensor,
+    lengths_ptr: tl.tensor, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    PADDED: tl.constexpr, HAS_SINK: tl.constexpr,
 ) -> None:
     """The parts of one sequence and head, brought to their common maximum and added."""
     sequence = tl.program_id(0)
@@ -193,26 +159,11 @@ def join_kernel(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def prefill_kernel(
-    query_ptr: Any,
-    keys_ptr: Any,
-    values_ptr: Any,
-    tables_ptr: Any,
-    start_ptr: Any,
-    lengths_ptr: Any,
-    sinks_ptr: Any,
-    out_ptr: Any,
-    table_stride: Any,
-    scale: Any,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_SINK: tl.constexpr,
+    query_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, tables_ptr: tl.tensor,
+    start_ptr: tl.tensor, lengths_ptr: tl.tensor, sinks_ptr: tl.tensor, out_ptr: tl.tensor,
+    table_stride: tl.tensor, scale: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, HAS_SINK: tl.constexpr,
 ) -> None:
     """One tile: ROWS / PADDED tokens of one sequence, the query heads of one key head each."""
     TOKENS: tl.constexpr = ROWS // PADDED

@@ -11,11 +11,10 @@ compiled loop for convert_layout).
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+# fmt: off
 _SIGN_AND_VALUE = """
 and.b32 p, p, z;
 lop3.b32 p, q, 0x01C001C0, p, 0xEA;
@@ -41,7 +40,7 @@ _WIDEN_3 = _widen("mov.b32 p, $1;\nshr.u32 q, $1, 6;")
 
 
 @triton.jit
-def _multiplier(scales: Any, COLUMNS: tl.constexpr, FAST: tl.constexpr) -> Any:
+def _multiplier(scales: tl.tensor, COLUMNS: tl.constexpr, FAST: tl.constexpr) -> tl.tensor:
     """[rows, groups] scale bytes -> one multiplier for each word, [rows, groups * 8]."""
     rows: tl.constexpr = scales.shape[0]
     groups: tl.constexpr = scales.shape[1]
@@ -55,8 +54,9 @@ def _multiplier(scales: Any, COLUMNS: tl.constexpr, FAST: tl.constexpr) -> Any:
 
 @triton.jit
 def _nibble(
-    words: Any, m: Any, J: tl.constexpr, PTX: tl.constexpr, FAST: tl.constexpr, dtype: tl.constexpr
-) -> Any:
+    words: tl.tensor, m: tl.tensor, J: tl.constexpr, PTX: tl.constexpr, FAST: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
     """Nibble J of every word, widened to `dtype` and scaled."""
     if FAST:
         return tl.inline_asm_elementwise(
@@ -71,14 +71,9 @@ def _nibble(
 
 @triton.jit
 def _find(
-    counts_ptr: Any,
-    pairs_ptr: Any,
-    capacity: Any,
-    block: Any,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    BT: tl.constexpr,
-) -> Any:
+    counts_ptr: tl.tensor, pairs_ptr: tl.tensor, capacity: tl.tensor, block: tl.tensor,
+    E: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr,
+) -> tl.tensor:
     """The expert of this block of tokens (E when there is none), its pairs, and which are real."""
     ids = tl.arange(0, EP)
     counts = tl.load(counts_ptr + ids, mask=ids < E, other=0)
@@ -93,76 +88,93 @@ def _find(
 
 
 @triton.jit
+def _load(
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, row: tl.tensor, real: tl.tensor,
+    n: tl.tensor, at: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
+    STEP: tl.constexpr, EDGE: tl.constexpr,
+) -> tl.tensor:
+    """Weight rows `n` and activation rows `row`, words at..at + STEP of each: words, scales and
+    the activations' four quarters. Rows beyond N, and with EDGE words beyond Q, read as zero."""
+    k = at + tl.arange(0, STEP)
+    g = at // 8 + tl.arange(0, STEP // 8)
+    words_at = words_ptr + n[:, None] * Q + k[None, :]
+    scales_at = scales_ptr + n[:, None] * GROUPS + g[None, :]
+    there = real[None, :]
+    if EDGE or N % n.shape[0] != 0:
+        held = (n < N)[:, None]
+        words = tl.load(words_at, mask=held & (k < Q)[None, :], other=0)
+        scales = tl.load(scales_at, mask=held & (g < GROUPS)[None, :], other=0)
+        there = there & (k < Q)[:, None]
+    else:
+        words = tl.load(words_at)
+        scales = tl.load(scales_at)
+    x = x_ptr + row[None, :] * (4 * Q) + k[:, None]
+    x0 = tl.load(x, mask=there, other=0.0)
+    x1 = tl.load(x + Q, mask=there, other=0.0)
+    x2 = tl.load(x + 2 * Q, mask=there, other=0.0)
+    x3 = tl.load(x + 3 * Q, mask=there, other=0.0)
+    return words, scales, x0, x1, x2, x3
+
+
+@triton.jit
+def _add(
+    acc: tl.tensor, words: tl.tensor, scales: tl.tensor, x0: tl.tensor, x1: tl.tensor,
+    x2: tl.tensor, x3: tl.tensor, STEP: tl.constexpr, FAST: tl.constexpr,
+) -> tl.tensor:
+    dtype: tl.constexpr = x0.dtype
+    m = _multiplier(scales, STEP, FAST)
+    acc = tl.dot(_nibble(words, m, 0, _WIDEN_0, FAST, dtype), x0, acc, input_precision="ieee")
+    acc = tl.dot(_nibble(words, m, 1, _WIDEN_1, FAST, dtype), x1, acc, input_precision="ieee")
+    acc = tl.dot(_nibble(words, m, 2, _WIDEN_2, FAST, dtype), x2, acc, input_precision="ieee")
+    return tl.dot(_nibble(words, m, 3, _WIDEN_3, FAST, dtype), x3, acc, input_precision="ieee")
+
+
+@triton.jit
 def _multiply(
-    x_ptr: Any,
-    row: Any,
-    real: Any,
-    words_ptr: Any,
-    scales_ptr: Any,
-    n: Any,
-    first: Any,
-    last: Any,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
-) -> Any:
-    """[len(n), len(row)] float32: weight rows `n` times quartered activation rows `row`, over the
-    words first..last (of Q) of each."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    k = tl.arange(0, STEP)
-    g = tl.arange(0, STEP // 8)
-    held = n < N
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, row: tl.tensor, real: tl.tensor,
+    n: tl.tensor, split: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, FAST: tl.constexpr,
+) -> tl.tensor:
+    """[len(n), len(row)] float32: weight rows times activation rows over one split of the words.
+
+    What is left beyond whole steps is small; with few tokens its loads go out before the loop and
+    are used after it, so that nobody waits for them. Splits but the last multiply it by zero.
+    """
+    STEPS: tl.constexpr = Q // STEP
+    SHARE: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS * STEP
+    LEFT: tl.constexpr = Q - STEPS * STEP
     acc = tl.zeros((n.shape[0], row.shape[0]), tl.float32)
-    for k0 in tl.range(first, last, STEP, num_stages=STAGES):
-        kk = k0 + k
-        here = held[:, None] & (kk[None, :] < last)
-        words = tl.load(words_ptr + n[:, None] * Q + kk[None, :], mask=here, other=0)
-        near = k0 // 8 + g
-        scales = tl.load(
-            scales_ptr + n[:, None] * GROUPS + near[None, :],
-            mask=held[:, None] & (near[None, :] < GROUPS),
-            other=0,
+    TAIL: tl.constexpr = 16 if LEFT <= 16 else 32 if LEFT <= 32 else 64 if LEFT <= 64 else 128
+    EARLY: tl.constexpr = LEFT > 0 and row.shape[0] <= 32
+    mine = real
+    if SPLITS > 1:
+        mine = real & (split + row * 0 == SPLITS - 1)
+    if EARLY:
+        words, scales, x0, x1, x2, x3 = _load(
+            x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP, N, Q, GROUPS, TAIL, True
         )
-        m = _multiplier(scales, STEP, FAST)
-        there = (kk[:, None] < last) & real[None, :]
-        x = x_ptr + row[None, :] * (4 * Q) + kk[:, None]
-        x0 = tl.load(x, mask=there, other=0.0)
-        x1 = tl.load(x + Q, mask=there, other=0.0)
-        x2 = tl.load(x + 2 * Q, mask=there, other=0.0)
-        x3 = tl.load(x + 3 * Q, mask=there, other=0.0)
-        acc = tl.dot(_nibble(words, m, 0, _WIDEN_0, FAST, dtype), x0, acc, input_precision="ieee")
-        acc = tl.dot(_nibble(words, m, 1, _WIDEN_1, FAST, dtype), x1, acc, input_precision="ieee")
-        acc = tl.dot(_nibble(words, m, 2, _WIDEN_2, FAST, dtype), x2, acc, input_precision="ieee")
-        acc = tl.dot(_nibble(words, m, 3, _WIDEN_3, FAST, dtype), x3, acc, input_precision="ieee")
+    first = split * SHARE
+    for at in tl.range(first, tl.minimum(STEPS * STEP, first + SHARE), STEP, num_stages=STAGES):
+        w, s, y0, y1, y2, y3 = _load(
+            x_ptr, words_ptr, scales_ptr, row, real, n, at, N, Q, GROUPS, STEP, False
+        )
+        acc = _add(acc, w, s, y0, y1, y2, y3, STEP, FAST)
+    if LEFT > 0:
+        if not EARLY:
+            words, scales, x0, x1, x2, x3 = _load(
+                x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP, N, Q, GROUPS, TAIL, True
+            )
+        acc = _add(acc, words, scales, x0, x1, x2, x3, TAIL, FAST)
     return acc
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def gate_up_kernel(
-    x_ptr: Any,
-    words_ptr: Any,
-    scales_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    counts_ptr: Any,
-    pairs_ptr: Any,
-    capacity: Any,
-    alpha: tl.constexpr,
-    limit: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BN: tl.constexpr,
-    BT: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
+    out_ptr: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor, capacity: tl.tensor,
+    alpha: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    GROUPS: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
 ) -> None:
     """out[pair] = quartered clamped SwiGLU of expert(pair)'s gate_up of x[token]. Gate rows are
     even, up rows odd."""
@@ -171,20 +183,9 @@ def gate_up_kernel(
     if expert < E:
         n = tile * BN + tl.arange(0, BN)
         acc = _multiply(
-            x_ptr,
-            pairs // TOP_K,
-            real,
-            words_ptr + expert.to(tl.int64) * (N * Q),
-            scales_ptr + expert.to(tl.int64) * (N * GROUPS),
-            n,
-            0,
-            Q,
-            N,
-            Q,
-            GROUPS,
-            STEP,
-            STAGES,
-            FAST,
+            x_ptr, words_ptr + expert.to(tl.int64) * (N * Q),
+            scales_ptr + expert.to(tl.int64) * (N * GROUPS), pairs // TOP_K, real, n, 0,
+            N, Q, GROUPS, STEP, STAGES, 1, FAST,
         )
         acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         both = tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1))
@@ -201,27 +202,11 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["capacity", "total"])
 def down_kernel(
-    x_ptr: Any,
-    words_ptr: Any,
-    scales_ptr: Any,
-    bias_ptr: Any,
-    out_ptr: Any,
-    counts_ptr: Any,
-    pairs_ptr: Any,
-    weights_ptr: Any,
-    capacity: Any,
-    total: Any,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    GROUPS: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BN: tl.constexpr,
-    BT: tl.constexpr,
-    STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    FAST: tl.constexpr,
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
+    out_ptr: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor, weights_ptr: tl.tensor,
+    capacity: tl.tensor, total: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
 ) -> None:
     """out[split, pair] = routing weight * (expert(pair)'s down of x[pair] over one split of the
     columns, plus the bias in split 0)."""
@@ -230,22 +215,10 @@ def down_kernel(
     expert, pairs, real = _find(counts_ptr, pairs_ptr, capacity, tl.program_id(1), E, EP, BT)
     if expert < E:
         n = tile * BN + tl.arange(0, BN)
-        share: tl.constexpr = ((Q + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
         acc = _multiply(
-            x_ptr,
-            pairs,
-            real,
-            words_ptr + expert.to(tl.int64) * (N * Q),
-            scales_ptr + expert.to(tl.int64) * (N * GROUPS),
-            n,
-            split * share,
-            tl.minimum(Q, (split + 1) * share),
-            N,
-            Q,
-            GROUPS,
-            STEP,
-            STAGES,
-            FAST,
+            x_ptr, words_ptr + expert.to(tl.int64) * (N * Q),
+            scales_ptr + expert.to(tl.int64) * (N * GROUPS), pairs, real, n, split,
+            N, Q, GROUPS, STEP, STAGES, SPLITS, FAST,
         )
         bias = tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0)
         bias = tl.where(split == 0, bias.to(tl.float32), 0.0)

@@ -2,6 +2,7 @@
 
     add_norm         residual += parts (+ bias); out = RMSNorm(residual), "quartered" if asked
     add_norm_route   the same, and then the router: logits, top-k, softmax, lists by expert
+    route            the router alone, its logits from a matrix product (many tokens)
     rotate_and_store sum of parts (+ bias) -> rotated queries; rotated keys and values to the cache
     project          a skinny matrix product whose parts (splits of the columns) the others sum up
 
@@ -94,7 +95,19 @@ def _launch(
         1 if router is None else router.routing.pairs.shape[1], tokens * inner * hidden, eps,
         hidden, padded, outer, inner, bias is not None, quartered, router is not None,
         experts, 1 << (experts - 1).bit_length(), 1 if router is None else router.top_k,
-        min(128, padded), num_warps=8 if hidden > 1024 else 4,
+        min(256, padded), num_warps=8 if hidden > 1024 else 4,
+    )  # fmt: skip
+
+
+def route(x: torch.Tensor, router: Router, quartered_weight: torch.Tensor) -> None:
+    """The router alone, for many tokens: `x` [tokens, hidden] and the weight, both quartered."""
+    logits = torch.nn.functional.linear(x, quartered_weight, router.bias)
+    tokens, experts = logits.shape
+    routing = router.routing
+    kernels.list_kernel[(tokens,)](
+        logits, router.slots, routing.counts, routing.pairs, routing.weights,
+        routing.pairs.shape[1], experts, 1 << (experts - 1).bit_length(), router.top_k,
+        num_warps=1,
     )  # fmt: skip
 
 

@@ -6,39 +6,31 @@ The residual stream is float32, sums are float32, only what a matrix product rea
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
+# fmt: off
 
 @triton.jit
 def _choose(
-    x_ptr: Any,
-    route_ptr: Any,
-    route_bias_ptr: Any,
-    HIDDEN: tl.constexpr,
-    QUARTERED: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    STEP: tl.constexpr,
-) -> Any:
+    x_ptr: tl.tensor, route_ptr: tl.tensor, route_bias_ptr: tl.tensor, HIDDEN: tl.constexpr,
+    QUARTERED: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, STEP: tl.constexpr,
+) -> tl.tensor:
     """Router logits [EP] of the row just stored at x_ptr (quartered like QUARTERED says)."""
     e = tl.arange(0, EP)
     c = tl.arange(0, STEP)
     acc = tl.zeros((EP, STEP), tl.float32)
-    for at in range(0, HIDDEN, STEP):
+    for at in tl.range(0, HIDDEN, STEP, num_stages=4):
         column = at + c
         here = column < HIDDEN
+        w = tl.load(
+            route_ptr + e[:, None] * HIDDEN + column[None, :],
+            mask=(e < E)[:, None] & here[None, :], other=0.0,
+        )
         place = column
         if QUARTERED:
             place = column // 4 + (column % 4) * (HIDDEN // 4)
         x = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32)
-        w = tl.load(
-            route_ptr + e[:, None] * HIDDEN + column[None, :],
-            mask=(e < E)[:, None] & here[None, :],
-            other=0.0,
-        )
         acc += w.to(tl.float32) * x[None, :]
     logits = tl.sum(acc, 1) + tl.load(route_bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
     return tl.where(e < E, logits, float("-inf"))
@@ -46,63 +38,49 @@ def _choose(
 
 @triton.jit
 def _list(
-    logits: Any,
-    token: Any,
-    counts_ptr: Any,
-    pairs_ptr: Any,
-    weights_ptr: Any,
-    capacity: Any,
-    EP: tl.constexpr,
-    TOP_K: tl.constexpr,
+    logits: tl.tensor, token: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor,
+    weights_ptr: tl.tensor, capacity: tl.tensor, EP: tl.constexpr, TOP_K: tl.constexpr,
 ) -> None:
     """Softmax over the top_k logits; the token enters the lists of their experts. The order within
     a list is that of arrival, which changes nothing in the results."""
     e = tl.arange(0, EP)
-    best = tl.max(logits, 0)
-    total = 0.0
     left = logits
-    for _ in tl.static_range(TOP_K):
-        highest = tl.max(left, 0)
-        total += tl.exp(highest - best)
-        left = tl.where(e == tl.argmax(left, 0), float("-inf"), left)
-    left = logits
+    rank = tl.full((EP,), TOP_K, tl.int32)
     for choice in tl.static_range(TOP_K):
-        highest = tl.max(left, 0)
         expert = tl.argmax(left, 0)
+        rank = tl.where(e == expert, choice, rank)
         left = tl.where(e == expert, float("-inf"), left)
-        pair = token * TOP_K + choice
-        tl.store(weights_ptr + pair, tl.exp(highest - best) / total)
-        place = tl.atomic_add(counts_ptr + expert, 1)
-        tl.store(pairs_ptr + expert * capacity + place, pair)
+    chosen = rank < TOP_K
+    odds = tl.where(chosen, tl.exp(logits - tl.max(logits, 0)), 0.0)
+    pair = token * TOP_K + rank
+    tl.store(weights_ptr + pair, odds / tl.sum(odds, 0), mask=chosen)
+    place = tl.atomic_add(counts_ptr + e, 1, mask=chosen)
+    tl.store(pairs_ptr + e * capacity + place, pair, mask=chosen)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def list_kernel(
+    logits_ptr: tl.tensor, slots_ptr: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor,
+    weights_ptr: tl.tensor, capacity: tl.tensor, E: tl.constexpr, EP: tl.constexpr,
+    TOP_K: tl.constexpr,
+) -> None:
+    """`_list` from logits that a matrix product made."""
+    token = tl.program_id(0)
+    e = tl.arange(0, EP)
+    row = logits_ptr + token.to(tl.int64) * E + e
+    logits = tl.load(row, mask=e < E, other=float("-inf")).to(tl.float32)
+    if tl.load(slots_ptr + token) >= 0:
+        _list(logits, token, counts_ptr, pairs_ptr, weights_ptr, capacity, EP, TOP_K)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def add_norm_kernel(
-    residual_ptr: Any,
-    parts_ptr: Any,
-    bias_ptr: Any,
-    weight_ptr: Any,
-    out_ptr: Any,
-    route_ptr: Any,
-    route_bias_ptr: Any,
-    slots_ptr: Any,
-    counts_ptr: Any,
-    pairs_ptr: Any,
-    weights_ptr: Any,
-    capacity: Any,
-    outer_stride: Any,
-    eps: Any,
-    HIDDEN: tl.constexpr,
-    PADDED: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    QUARTERED: tl.constexpr,
-    ROUTE: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    TOP_K: tl.constexpr,
-    STEP: tl.constexpr,
+    residual_ptr: tl.tensor, parts_ptr: tl.tensor, bias_ptr: tl.tensor, weight_ptr: tl.tensor,
+    out_ptr: tl.tensor, route_ptr: tl.tensor, route_bias_ptr: tl.tensor, slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor, pairs_ptr: tl.tensor, weights_ptr: tl.tensor, capacity: tl.tensor,
+    outer_stride: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr, PADDED: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr, QUARTERED: tl.constexpr,
+    ROUTE: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PADDED)
@@ -136,21 +114,10 @@ def add_norm_kernel(
 
 @triton.jit
 def rotate_kernel(
-    parts_ptr: Any,
-    bias_ptr: Any,
-    turns_ptr: Any,
-    positions_ptr: Any,
-    slots_ptr: Any,
-    query_ptr: Any,
-    keys_ptr: Any,
-    values_ptr: Any,
-    outer_stride: Any,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    EACH: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    parts_ptr: tl.tensor, bias_ptr: tl.tensor, turns_ptr: tl.tensor, positions_ptr: tl.tensor,
+    slots_ptr: tl.tensor, query_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor,
+    outer_stride: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    EACH: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr,
 ) -> None:
     """EACH heads of one token: first all query heads, then the keys', then the values'."""
     token = tl.program_id(0).to(tl.int64)
@@ -192,16 +159,8 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
-    x_ptr: Any,
-    weight_ptr: Any,
-    out_ptr: Any,
-    tokens: Any,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BT: tl.constexpr,
-    STEP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    x_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, tokens: tl.tensor, N: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
