@@ -29,6 +29,7 @@ class Limit:
             )
 
 
+FIELDS = Limit("fields", 128)
 MESSAGES = Limit("messages or input items", 2048)
 PARTS = Limit("content parts", 512)
 IMAGES = Limit("images", pictures.MAX_IMAGES)
@@ -45,6 +46,7 @@ PROMPTS = Limit("prompts", 32)
 METADATA = Limit("keys of metadata", 16)
 
 LIMITS: tuple[Limit, ...] = (
+    FIELDS,
     MESSAGES,
     PARTS,
     IMAGES,

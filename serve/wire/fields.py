@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from serve.errors import InvalidRequest, Unsupported
 from serve.values import JSONObject
+from serve.wire import bounds
 from serve.wire.body import Body
 
 Standing = Literal["honoured", "harmless", "refused"]
@@ -37,6 +38,7 @@ def check(body: Body, table: Sequence[Field]) -> None:
     """Raises Unsupported for a refused field and InvalidRequest for a misspelt one; fields that
     nobody knows are left alone and reported as ignored."""
     known = {row.name: row for row in table}
+    bounds.FIELDS.check(len(body.data), "body")
     for name, value in body.data.items():
         row = known.get(name)
         if row is None:

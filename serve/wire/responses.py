@@ -143,7 +143,8 @@ def _with_responses_names(body: Body) -> dict[str, Any]:
         form = body.required_object("response_format")
         flat = form.object("json_schema")
         said = dict(form.data) if flat is None else {**flat.data, "type": "json_schema"}
-        found["text"] = {**(found.get("text") or {}), "format": said}
+        text = body.object("text")
+        found["text"] = {**(text.data if text else {}), "format": said}
         del found["response_format"]
     if found.get("n") == 1:
         del found["n"]
