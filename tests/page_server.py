@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.middleware import Middleware
 
+from openai_compat import create_api
 from serve.engine.face import GenerationRequest, Waiting
 from serve.engine.scripted import HANG, Say, ScriptedEngine, Step
 from serve.errors import EngineFailed, OutOfMemory
+from serve.keys import KeyRing
+from serve.limits import Budgets
 from serve.service import ServedModel, Service
+from serve.settings import Settings
 from serve.ui.page import create_page, launch_options
+from serve.ui.visit import Visit, VisitOf
 from serve.values import Capabilities, ModelCard
-from tests.fakes import CALL, END, SAY, THINK
-from tests.text_format import TextFormat, encoded
+from tests.text_format import BETWEEN, CALL, END, SAY, THINK, TextFormat, encoded
 
 ANSWERS = {
     "slow": "word " * 200,
@@ -42,7 +48,7 @@ ANSWERS = {
 
 def script(request: GenerationRequest) -> Iterator[Step]:
     """Plays what the question's first word names; see ANSWERS for texts."""
-    question = bytes(request.prompt.ids).decode().rsplit("\x1e", 1)[-1]
+    question = bytes(request.prompt.ids).decode().rsplit(BETWEEN, 1)[-1]
     word = question.split(" ", 1)[0].lower()
     yield 0.02
     yield from SCENES.get(word, scene_say)(question)
@@ -119,6 +125,7 @@ class PageServer:
     service: Service
     engine: ScriptedEngine
     blocks: Any
+    keys: KeyRing
 
     def close(self) -> None:
         self.engine.close()
@@ -145,18 +152,24 @@ def attach(
 
 
 def start(
+    work_dir: Path,
     *,
     port: int | None = None,
     is_ready: bool = True,
     vision: bool | None = False,
-    routes: Sequence[Any] = (),
     capacity: int | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> PageServer:
+    """The page and the API over one service, as app.py puts them together."""
+    chosen = Settings(work_dir=work_dir, **{"host": "127.0.0.1", **(settings or {})})
     service = Service("scripted/demo")
+    keys = KeyRing.from_settings(chosen)
+    budgets = Budgets(chosen)
+    api = create_api(service, keys, chosen, budgets)
     engine = ScriptedEngine(script, eos_ids={END}, context_length=20000, capacity=capacity)
     if is_ready:
         attach(service, engine, vision)
-    blocks = create_page(service)
+    blocks = create_page(service, visit_of=visits(keys, budgets, chosen))
     options = launch_options(service)
     skin, dressing = options["middleware"]
     port = port or free_port()
@@ -165,16 +178,30 @@ def start(
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
-        app_kwargs={"middleware": [Middleware(skin, **dressing)], "routes": list(routes)},
+        app_kwargs={**api, "middleware": [*api["middleware"], Middleware(skin, **dressing)]},
         **options["launch"],
     )
-    return PageServer(f"http://127.0.0.1:{port}/", port, service, engine, blocks)
+    return PageServer(f"http://127.0.0.1:{port}/", port, service, engine, blocks, keys)
+
+
+def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> VisitOf:
+    """The page's visitors as app.py knows them."""
+
+    def visit_of(address: str, session: str, token: str) -> Visit:
+        who = keys.page_identity(address, session)
+        may_switch = settings.model_switch == "all" or (
+            settings.model_switch == "owner" and keys.is_owner_token(token)
+        )
+        return Visit(who.tenant, may_switch, lambda: budgets.admit(who.bucket))
+
+    return visit_of
 
 
 if __name__ == "__main__":
     import sys
 
-    server = start(port=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    folder = Path(tempfile.mkdtemp())
+    server = start(folder, port=int(sys.argv[1]) if len(sys.argv) > 1 else None)
     print(server.url, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:

@@ -227,6 +227,7 @@ export class Chat {
     const { run } = this;
     if (!run || snapshot?.turn !== run.node.id) return;
     run.last = Date.now();
+    run.isHeard = true;
     if (snapshot.phase === "need_history") {
       this.synced.clear();
       const { turn } = run;

@@ -13,6 +13,7 @@ import { Transcript } from "./transcript.js";
 
 const LAST = "page-conversation";
 const SILENCE = 12000;
+const FIRST_SIGN = 2500;
 
 async function start() {
   takeOwnerToken();
@@ -183,7 +184,7 @@ function drawModels(page) {
 /** An answer that has said nothing for a while: ask whether the server still works on it. */
 async function watchRun(page) {
   const { run } = page.chat;
-  if (!run || Date.now() - run.last < SILENCE) return;
+  if (!run || Date.now() - run.last < (run.isHeard ? SILENCE : FIRST_SIGN)) return;
   await page.status.poll();
   const now = page.status.now;
   const isIdle = now?.ready && now.running + now.waiting === 0;

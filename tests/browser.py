@@ -1,0 +1,97 @@
+"""Driving the page in Chromium: what a reader does, and what they see."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP = {"width": 1280, "height": 800}
+PHONE = {"width": 360, "height": 740}
+BOX = "#dock #composer textarea"
+
+
+def chromium_path() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """Somebody with the page open."""
+
+    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
+        self.context = browser.new_context(**{"viewport": DESKTOP, "locale": "en-US", **context})
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[Any] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.url = url
+        self.page.goto(url)
+
+    def __enter__(self) -> Reader:
+        self.wait_for_box()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+    def wait_for_box(self) -> None:
+        self.page.wait_for_selector(BOX, timeout=30000)
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.wait_for_box()
+
+    def send(self, text: str) -> None:
+        self.page.fill(BOX, text)
+        self.page.press(BOX, "Enter")
+
+    def ask(self, text: str) -> str:
+        """Send, wait for the end, and return the answer as it is shown."""
+        count = self.page.locator(".turn").count()
+        self.send(text)
+        expect(self.page.locator(".turn")).to_have_count(count + 2)
+        self.wait_for_end()
+        return self.answer()
+
+    def wait_for_end(self, seconds: float = 20) -> None:
+        self.page.wait_for_selector(
+            "#shell:not(.running) .turn.assistant:last-child:not([data-state=running])",
+            timeout=seconds * 1000,
+        )
+
+    def answer(self) -> str:
+        return self.page.locator(".turn.assistant").last.locator(".words").inner_text()
+
+    @property
+    def last(self) -> Any:
+        return self.page.locator(".turn.assistant").last
+
+    def stored(self) -> list[dict[str, Any]]:
+        """The conversations in the browser's database."""
+        found: list[dict[str, Any]] = self.page.evaluate("() => window.chatPage.parts.store.list()")
+        return found
+
+    def copied(self) -> str:
+        text: str = self.page.evaluate("() => navigator.clipboard.readText()")
+        return text
