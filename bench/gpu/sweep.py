@@ -130,8 +130,7 @@ def sweep_experts(kind: str, tiles: list[tuple[int, ...]], sizes: tuple[int, ...
                 made = out if kind == "gate_up" else out.sum(0)
                 error = relative_error(made, exact) if exact is not None else 0.0
                 calls = [
-                    expert_call(kind, tile, h, o, x)[0]
-                    for h, o in zip(held, others, strict=True)
+                    expert_call(kind, tile, h, o, x)[0] for h, o in zip(held, others, strict=True)
                 ] * (4 if tokens <= 256 else 1)
                 found.append((graph_microseconds(calls), error, tile))
         gigabytes = hit * rows * (HIDDEN // 2 + HIDDEN // 32) / 1e9
@@ -200,7 +199,15 @@ def sweep_attention() -> Iterator[str]:
 
                 def call(i: int) -> None:
                     attention.decode(
-                        q, pools[i], pools[i + 1], table, lengths, rule, out, splits, room  # noqa: B023
+                        q,
+                        pools[i],
+                        pools[i + 1],
+                        table,
+                        lengths,
+                        rule,
+                        out,
+                        splits,
+                        room,  # noqa: B023
                     )
 
                 taken = graph_microseconds([lambda: call(0), lambda: call(2)] * 4)
@@ -216,8 +223,12 @@ def sweep_attention() -> Iterator[str]:
 
 
 def exact_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
-    lengths: torch.Tensor, rule: attention.Rule,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    rule: attention.Rule,
 ) -> torch.Tensor:
     """float64; one query a sequence, the newest."""
     made = []
@@ -323,12 +334,15 @@ def compile_share(share: list[tuple[str, tuple[int, ...]]]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(processes: int = 14) -> None:
+def compile_all(names: list[str], processes: int = 14) -> None:
     jobs: list[tuple[str, tuple[int, ...]]] = []
     for kind in ("gate_up", "down"):
-        jobs += [(kind, (*t, s)) for t in SKINNY for s in ((1,) if kind == "gate_up" else (1, 2, 3))]
-        jobs += [(kind, (*t, 1)) for t in WIDE]
-    for tokens in (1, 32, 64, 128):
+        parts = (1,) if kind == "gate_up" else (1, 2, 3)
+        if kind in names:
+            jobs += [(kind, (*t, s)) for t in SKINNY for s in parts]
+        if f"prefill_{kind}" in names:
+            jobs += [(kind, (*t, 1)) for t in WIDE]
+    for tokens in (1, 32, 64, 128) if "project" in names else ():
         jobs += [(n, (tokens, *c)) for n in DENSE for c in CUTS if n != "head" or c[2] == 1]
     context = multiprocessing.get_context("spawn")
     shares = [jobs[i::processes] for i in range(processes)]
@@ -343,7 +357,7 @@ def main() -> None:
     names = sys.argv[1:] or list(PARTS)
     print(torch.cuda.get_device_name(), f"copy {copy_terabytes():.2f} TB/s", flush=True)
     torch.cuda.empty_cache()
-    compile_all()
+    compile_all(names)
     print("compiled", flush=True)
     for name in names:
         try:

@@ -46,7 +46,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
     exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
     scaled = torch.ldexp(groups, -exponent.unsqueeze(-1))
-    codes = _nearest_code(scaled.abs()) | (torch.signbit(scaled).to(torch.uint8) << 3)
+    codes = _nearest_code(scaled.abs().contiguous()) | (torch.signbit(scaled).to(torch.uint8) << 3)
     blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return blocks.contiguous(), (exponent + 127).to(torch.uint8)
 
