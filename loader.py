@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from serve.quantization.folder import read_config
 from serve.quantization.machine import Machine, this_machine
 from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
 from serve.settings import Settings
-from serve.sources import embedded
+from serve.sources import embedded, huggingface, lfs, modelscope, openxlab
+from serve.sources.candidates import KNOWN, Candidate, candidates, is_id
 from serve.sources.download import download, is_complete
 from serve.sources.http import create_client
 from serve.sources.hubs import Hubs
@@ -34,12 +36,6 @@ log = logging.getLogger(__name__)
 
 PassOver = Callable[[PassedOver], None]
 
-# Weights' bytes of models that are known without asking a hub.
-KNOWN = {
-    "openai/gpt-oss-20b": (13_761_264_768, 24, 32),
-    "openai/gpt-oss-120b": (65_248_815_744, 36, 128),
-}
-
 
 class LoadFailed(Exception):
     """No candidate serves. str() is for the operator: every candidate, why not, what to set."""
@@ -48,31 +44,6 @@ class LoadFailed(Exception):
         lines = [f"- {p.candidate}: {p.reason}. {p.fix}".rstrip() for p in passed_over]
         super().__init__("\n".join(["No model could be loaded.", *lines]))
         self.passed_over = passed_over
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A model that the settings name, and by which variable."""
-
-    kind: Literal["local", "hub", "modelscope", "embedded"]
-    name: str
-    setting: str
-
-
-def candidates(settings: Settings) -> tuple[Candidate, ...]:
-    """In the order in which they are tried."""
-    found: list[Candidate] = []
-    if settings.model_local_path:
-        found.append(Candidate("local", settings.model_local_path, "MODEL_LOCAL_PATH"))
-    if settings.modelscope_id:
-        found.append(Candidate("modelscope", settings.modelscope_id, "MODELSCOPE_ID"))
-    for name in settings.model_ids:
-        is_path = Path(name).expanduser().exists()
-        found.append(Candidate("local" if is_path else "hub", name, "MODEL_IDS"))
-    if settings.hf_model_id:
-        found.append(Candidate("hub", settings.hf_model_id, "HF_MODEL_ID"))
-    found.append(Candidate("embedded", embedded.REFERENCE, "the embedded default"))
-    return tuple(dict.fromkeys(found))
 
 
 def load(settings: Settings, report: Report, pass_over: PassOver) -> LoadedModel:
@@ -120,7 +91,7 @@ class Loader:
         if candidate.kind == "local":
             path = Path(candidate.name).expanduser()
             return _folder_name(path) if self._fits(partial(self._check_local, path)) else None
-        if not _is_id(candidate.name) or self._known_refusal(candidate.name):
+        if not is_id(candidate.name) or self._known_refusal(candidate.name):
             return None
         for hub in self._hubs.order():
             if self._fits(partial(self._check_hub, hub, candidate.name)):
@@ -156,7 +127,11 @@ class Loader:
             yield name, partial(self._local, name)
         elif candidate.kind == "embedded":
             yield name, self._embedded
-        elif not _is_id(name):
+        elif candidate.kind == "openxlab":
+            yield f"{name} from {openxlab.NAME}", partial(self._from_openxlab, name)
+        elif candidate.kind == "lfs":
+            yield name, self._from_lfs
+        elif not is_id(name):
             no_id = SourceFailed(
                 "there is no such path, and it is no owner/name", "Check the name."
             )
@@ -166,7 +141,7 @@ class Loader:
             if refusal:
                 yield name, partial(_fail, refusal)
                 return
-            hubs = ["ModelScope"] if candidate.kind == "modelscope" else self._hubs.order()
+            hubs = [modelscope.NAME] if candidate.kind == "modelscope" else self._hubs.order()
             for hub in hubs:
                 reference = self._hubs.reference(hub, name)
                 yield f"{reference} from {hub}", partial(self._from_hub, hub, name)
@@ -191,12 +166,36 @@ class Loader:
         cached = self._fetched_earlier(hub, name)
         if cached is not None:
             return self._load_path(cached, reference, f"{hub}, fetched earlier")
-        folder = self._folder(reference)
-        offer = self._hubs.offer(hub, name)
+        return self._fetch_and_load(self._hubs.offer(hub, name))
+
+    def _from_openxlab(self, name: str) -> LoadedModel:
+        folder = self._folder(name)
+        if is_complete(folder):
+            return self._load_path(folder, name, f"{openxlab.NAME}, fetched earlier")
+        settings = self._settings
+        sdk = settings.runtime_dir / "openxlab_sdk"
+        keys = (settings.openxlab_ak, settings.openxlab_sk)
+        endpoint = settings.openxlab_endpoint
+        return self._fetch_and_load(openxlab.offer(self._client, endpoint, keys, name, sdk))
+
+    def _from_lfs(self) -> LoadedModel:
+        url, inside = self._settings.openxlab_model_repo_url, self._settings.openxlab_model_subdir
+        name = lfs.model_name(url, inside)
+        folder = self._folder(name)
+        if is_complete(folder):
+            return self._load_path(folder, name, f"{lfs.NAME}, fetched earlier")
+        offer, clone = lfs.offer(url, inside, folder.with_name(folder.name + ".clone"))
+        self._plan_offer(offer, read_config(clone.folder / inside))
+        with Meter(self._report, name, lfs.NAME, offer.total_bytes) as meter:
+            lfs.fetch(offer, clone, folder, meter)
+        return self._load_path(folder, name, lfs.NAME)
+
+    def _fetch_and_load(self, offer: Offer) -> LoadedModel:
+        folder = self._folder(offer.reference)
         self._check_fit(offer)
-        with Meter(self._report, reference, hub, offer.total_bytes) as meter:
+        with Meter(self._report, offer.reference, offer.source, offer.total_bytes) as meter:
             download(self._client, offer, folder, meter)
-        return self._load_path(folder, reference, hub)
+        return self._load_path(folder, offer.reference, offer.source)
 
     def _folder(self, reference: str) -> Path:
         return self._settings.runtime_dir / "models" / reference.replace("/", "--")
@@ -218,11 +217,14 @@ class Loader:
 
     def _check_fit(self, offer: Offer) -> None:
         """Raise Refused before a byte of weights comes."""
+        self._plan_offer(offer, {} if offer.gguf else self._hubs.config(offer))
+
+    def _plan_offer(self, offer: Offer, config: dict[str, Any]) -> None:
         if offer.gguf is not None:
             size = offer.gguf.size or 0
             plan_gguf(offer.gguf.path, size, self._settings.quant_type, self.machine())
         else:
-            self._plan(Weights(self._hubs.config(offer), offer.weight_bytes))
+            self._plan(Weights(config, offer.weight_bytes))
 
     def _check_local(self, path: Path) -> None:
         from serve.quantization.folder import read_weights
@@ -243,21 +245,11 @@ class Loader:
 
     def _known_refusal(self, name: str) -> Refused | None:
         """For well-known models: whether they can run here, without asking anybody."""
-        known = KNOWN.get(self._hubs.reference("Hugging Face", name))
+        known = KNOWN.get(self._hubs.reference(huggingface.NAME, name))
         if known is None:
             return None
-        size, layers, experts = known
-        config = {
-            "model_type": "gpt_oss",
-            "num_hidden_layers": layers,
-            "num_local_experts": experts,
-            "hidden_size": 2880,
-            "intermediate_size": 2880,
-            "vocab_size": 201088,
-            "quantization_config": {"quant_method": "mxfp4"},
-        }
         try:
-            self._plan(Weights(config, size))
+            self._plan(Weights(known.config, known.bytes))
         except Refused as refusal:
             return refusal
         return None
@@ -340,10 +332,6 @@ class Loader:
             quantization={"full": "none", "gguf": "none"}.get(chosen.method, chosen.method),
             notes=(*chosen.notes, *([guessed] if guessed else [])),
         )
-
-
-def _is_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
 
 def _fail(failure: Exception) -> LoadedModel:

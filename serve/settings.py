@@ -133,6 +133,12 @@ class Settings:
     openxlab_model_repo: str = _variable(
         "OPENXLAB_MODEL_REPO", _repository, "", "OpenXLab model repository, `owner/name`"
     )
+    openxlab_endpoint: str = _variable(
+        "OPENXLAB_ENDPOINT",
+        _web_address,
+        "https://openapi.openxlab.org.cn/api/v1",
+        "OpenXLab's API address",
+    )
     openxlab_ak: str = _variable("OPENXLAB_AK", _text, "", "OpenXLab access key")
     openxlab_sk: str = _variable("OPENXLAB_SK", _text, "", "OpenXLab secret key")
     openxlab_model_repo_url: str = _variable(

@@ -193,19 +193,18 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 for path, content in files.items()
             }
-            inner = {"msgCode": "10000", "msg": "ok", "data": {"modelNames": {}, "filePaths": urls}}
-            self._json(200, {"msgCode": "10000", "msg": "ok", "traceId": "t", "data": inner})
+            self._openxlab_data({"modelNames": {}, "filePaths": urls})
         elif path.endswith("/open/auth"):
-            data = {"nonce": "n", "algorithm": "HmacSHA1"}
-            self._json(200, {"msgCode": "10000", "msg": "ok", "traceId": "t", "data": data})
+            self._openxlab_data({"nonce": "n", "algorithm": "HmacSHA1"})
         elif path.endswith("/open/getJwt"):
             good = body.get("ak") == self.fake.keys.get("ak")
-            data = {"jwt": "j", "refreshJwt": "r", "expiration": "9", "refreshExpiration": "9",
-                    "sso_uid": "u"}  # fmt: skip
-            code = "10000" if good else "20001"
-            self._json(200, {"msgCode": code, "msg": "ok", "traceId": "t", "data": data})
+            self._openxlab_data({"jwt": "j", "sso_uid": "u"}, "10000" if good else "20001")
         else:
-            self._json(200, {"msgCode": "10000", "msg": "ok", "traceId": "t", "data": {}})
+            self._openxlab_data({})
+
+    def _openxlab_data(self, data: dict[str, Any], code: str = "10000") -> None:
+        inner = {"msgCode": code, "msg": "ok", "traceId": "t", "data": data}
+        self._json(200, {"msgCode": "10000", "msg": "ok", "traceId": "t", "data": inner})
 
     # -- bytes ----
 
@@ -213,6 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.fake.files.get(name, {}).get(path)
         if content is None:
             self._json(404, {"error": "no such file"})
+            return
+        if self.headers.get("Range") == "bytes=0-0":
+            told = {"Content-Range": f"bytes 0-0/{len(content)}", "Content-Length": "1"}
+            self._headers(206, told)
+            self.wfile.write(content[:1])
             return
         with self.fake.lock:
             self.fake.requests.append(("BYTES", path))

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from loader import Candidate, Loader, LoadFailed, candidates, load
+from loader import LoadFailed, load
 from serve.model import LoadedModel
 from serve.quantization.machine import Machine
 from serve.settings import Settings, from_env
+from serve.sources.candidates import candidates
 from serve.values import PassedOver, Progress
-from tests.tiny import HARMONY, tiny_gpt_oss, tiny_llama
+from tests.tiny import tiny_gpt_oss, tiny_llama
 
 DEAD = "http://127.0.0.1:9"
 
@@ -282,6 +283,3 @@ def test_with_nothing_set_the_embedded_model_answers(tmp_path: Path) -> None:
 def test_the_same_model_is_named_once(tmp_path: Path) -> None:
     named = settings(tmp_path, MODEL_IDS="c/d,c/d", HF_MODEL_ID="e/f")
     assert [c.name for c in candidates(named)][:2] == ["c/d", "e/f"]
-    assert Candidate("hub", "c/d", "MODEL_IDS") in candidates(named)
-    assert isinstance(Loader(named, print, print).machine(), Machine)
-    assert HARMONY

@@ -190,7 +190,7 @@ def test_a_listing_that_fails_is_told_in_words_within_its_time(
     hub: FakeHub, client: httpx.Client, fault: str
 ) -> None:
     for source in (huggingface, modelscope):
-        hub.listing_faults = deque([fault])
+        hub.listing_faults = deque([fault] * 3)
         with pytest.raises(SourceFailed) as failed:
             source.offer(client, hub.base, "", "o/m")
         assert source.NAME in failed.value.reason

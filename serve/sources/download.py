@@ -56,8 +56,8 @@ def download(
     """Make `folder` hold every file of `offer`, whole. Raises SourceFailed; what came stays for
     the next try."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _turn(folder, meter):
-        _check_disk(offer, folder)
+    with turn(folder, meter):
+        check_disk(offer, folder)
         with ThreadPoolExecutor(patience.workers, "download") as pool:
             tasks = [
                 pool.submit(_Transfer(client, offer, file, folder, meter, patience).run)
@@ -70,7 +70,7 @@ def download(
                 for task in tasks:
                     task.cancel()
                 raise
-        _write_manifest(offer, folder)
+        write_manifest(offer, folder)
     return folder
 
 
@@ -86,7 +86,7 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def _turn(folder: Path, meter: Meter) -> Iterator[None]:
+def turn(folder: Path, meter: Meter) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     while True:
         try:
@@ -101,7 +101,7 @@ def _turn(folder: Path, meter: Meter) -> Iterator[None]:
         lock.release()
 
 
-def _check_disk(offer: Offer, folder: Path) -> None:
+def check_disk(offer: Offer, folder: Path) -> None:
     missing = 0
     for file in offer.files:
         here = next((p for p in (folder / file.path, _part(folder, file)) if p.exists()), None)
@@ -114,7 +114,7 @@ def _check_disk(offer: Offer, folder: Path) -> None:
         )
 
 
-def _write_manifest(offer: Offer, folder: Path) -> None:
+def write_manifest(offer: Offer, folder: Path) -> None:
     sizes = {file.path: (folder / file.path).stat().st_size for file in offer.files}
     written = {"source": offer.source, "reference": offer.reference, "revision": offer.revision}
     part = folder / (MANIFEST + ".part")

@@ -1,0 +1,117 @@
+"""OpenXLab: its real SDK, run apart from us, against a service with its API's shapes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.sources import openxlab
+from serve.sources.download import download
+from serve.sources.http import create_client
+from serve.sources.meter import Meter
+from serve.sources.offer import SourceFailed
+from tests.fake_hub import FakeHub, schedule, serving
+
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"w" * 50_000,
+    "meta/notes.json": b"never fetched",
+}
+KEYS = ("my-access-key", "my-secret-key")
+
+
+@pytest.fixture(scope="module")
+def sdk() -> Path:
+    """Installed once from the package registry and kept between test runs."""
+    folder = Path(__file__).parent.parent / ".test-cache" / "openxlab_sdk"
+    openxlab.install_sdk(folder)
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with serving(FakeHub({"some-owner/gpt.oss": dict(FILES)}, keys={"ak": KEYS[0]})) as running:
+        yield running
+
+
+@pytest.fixture
+def client() -> Iterator[httpx.Client]:
+    with create_client() as made:
+        made.timeout = httpx.Timeout(0.5)
+        yield made
+
+
+@pytest.mark.real
+def test_the_sdk_lists_and_our_downloader_fetches(
+    hub: FakeHub, client: httpx.Client, sdk: Path, tmp_path: Path
+) -> None:
+    hub.faults = schedule([("cut", 0.5), ("503", 0)])
+    offer = openxlab.offer(client, hub.base, KEYS, "some-owner/gpt.oss", sdk)
+    assert {f.path: f.size for f in offer.files} == {
+        "config.json": 23,
+        "model.safetensors": 50_000,
+    }
+    with Meter([].append, "m", openxlab.NAME) as meter:
+        download(client, offer, tmp_path, meter)
+    assert (tmp_path / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    signed = [path for method, path in hub.requests if "sso-be" in path]
+    assert [path.rsplit("/", 1)[-1] for path in signed] == ["auth", "getJwt"]
+    assert not any("bury" in path for _, path in hub.requests)  # the SDK's telemetry
+
+
+@pytest.mark.real
+def test_nothing_of_the_sdk_enters_this_process(
+    hub: FakeHub, client: httpx.Client, sdk: Path
+) -> None:
+    openxlab.offer(client, hub.base, ("", ""), "some-owner/gpt.oss", sdk)
+    assert "openxlab" not in sys.modules and str(sdk) not in sys.path
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("fault", "said"), [("503", "503"), ("html", "maintenance"), ("json", "refused")]
+)
+def test_an_answer_that_is_none_leads_on_quickly(
+    hub: FakeHub, client: httpx.Client, sdk: Path, fault: str, said: str
+) -> None:
+    hub.listing_faults = deque([fault])
+    before = time.monotonic()
+    with pytest.raises(SourceFailed) as failed:
+        openxlab.offer(client, hub.base, ("", ""), "some-owner/gpt.oss", sdk)
+    assert said in failed.value.reason and failed.value.fix
+    assert time.monotonic() - before < 10
+
+
+@pytest.mark.real
+def test_silence_leads_on_when_the_time_is_over(
+    hub: FakeHub, client: httpx.Client, sdk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openxlab, "LISTING_SECONDS", 2.0)
+    hub.stall_seconds = 5
+    hub.listing_faults = deque(["stall"])
+    with pytest.raises(SourceFailed, match="does not answer"):
+        openxlab.offer(client, hub.base, ("", ""), "some-owner/gpt.oss", sdk)
+
+
+@pytest.mark.real
+def test_wrong_keys_are_told_without_them(hub: FakeHub, client: httpx.Client, sdk: Path) -> None:
+    with pytest.raises(SourceFailed) as failed:
+        openxlab.offer(client, hub.base, ("wrong-key", "wrong"), "some-owner/gpt.oss", sdk)
+    assert "wrong-key" not in failed.value.reason + failed.value.fix
+    assert "keys are wrong" in failed.value.reason
+
+
+def test_without_a_package_registry_the_fix_is_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(openxlab, "SDK", "no-such-package-here==0.0.0")
+    with pytest.raises(SourceFailed) as failed:
+        openxlab.install_sdk(tmp_path / "sdk")
+    assert "pip install --no-deps" in failed.value.fix
