@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serve.errors import InvalidRequest
+from serve.wire import bounds
 
 
 class Body:
@@ -144,6 +145,7 @@ def parse(raw: bytes) -> Body:
         raise InvalidRequest(f"The request body is not valid JSON{where}.") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"The request body must be a JSON object, not {shown(data)}.")
+    bounds.DEPTH.check(bounds.depth(data), "body")
     if b"\\ud" in raw or b"\\uD" in raw:
         data = _without_lone_surrogates(data)
     return Body(data)

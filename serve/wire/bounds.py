@@ -30,13 +30,14 @@ class Limit:
 
 
 FIELDS = Limit("fields", 128)
+DEPTH = Limit("levels of nesting (a body)", 100)
 MESSAGES = Limit("messages or input items", 2048)
 PARTS = Limit("content parts", 512)
 IMAGES = Limit("images", pictures.MAX_IMAGES)
 IMAGE_BYTES = Limit("bytes of a picture", pictures.MAX_BYTES)
 TOOLS = Limit("tools", 512)
 SCHEMA_CHARS = Limit("characters of JSON schema", 256 * 1024)
-SCHEMA_DEPTH = Limit("levels of nesting", 64)
+SCHEMA_DEPTH = Limit("levels of nesting (a schema)", 64)
 CHOICES = Limit("choices (n)", 8)
 STOPS = Limit("stop strings", 16)
 STOP_CHARS = Limit("characters in a stop string", 256)
@@ -47,6 +48,7 @@ METADATA = Limit("keys of metadata", 16)
 
 LIMITS: tuple[Limit, ...] = (
     FIELDS,
+    DEPTH,
     MESSAGES,
     PARTS,
     IMAGES,
