@@ -22,6 +22,9 @@ import numpy.typing as npt
 
 from serve.engine.sequence import Sequence
 
+_PLACES_TRIED = 64
+_EXPECTED_TOKENS = 512  # an answer's usual length: room left behind a prompt for it
+
 Ids = npt.NDArray[np.int32]
 
 
@@ -81,6 +84,9 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # known, least useful first
+        self._released_at: dict[int, int] = {}
+        self._clock = 0
+        self._next_start = 0
 
     @property
     def available(self) -> int:
@@ -93,17 +99,52 @@ class BlockPool:
         return self._uses[block] == 0
 
     def take(self, after: int = -1) -> int:
-        """A block for writing, next to `after` if that one is free. There must be one."""
+        """A block for writing, next to `after` if that one can be had. There must be one."""
         block = after + 1
-        if block in self._free and after >= 0:
+        if after >= 0 and block in self._free:
             del self._free[block]
+        elif after >= 0 and self._is_long_unused(block):
+            self._evict(block)
         elif self._free:
             block, _ = self._free.popitem(last=False)
         else:
-            block, _ = self._unused.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            block = self._first_of_run(next(iter(self._unused)))
+            self._evict(block)
         self._uses[block] = 1
         return block
+
+    def take_apart(self, tokens: int) -> int:
+        """A block to begin with, leaving room behind it for `tokens` blocks where there is some:
+        neighbours are read as one piece."""
+        for place in (self._next_start + i for i in range(_PLACES_TRIED)):
+            block = place % self.size
+            if block in self._free:
+                self._next_start = (block + tokens) % self.size
+                del self._free[block]
+                self._uses[block] = 1
+                return block
+        self._next_start += _PLACES_TRIED
+        return self.take()
+
+    def _is_long_unused(self, block: int) -> bool:
+        """Whether it is known, unused and in the older half of those: nobody will miss it soon."""
+        if block not in self._unused:
+            return False
+        oldest = self._released_at[next(iter(self._unused))]
+        return self._released_at[block] - oldest <= (self._clock - oldest) // 2
+
+    def _first_of_run(self, block: int) -> int:
+        """The lowest of the long unused blocks that end in this one, so that what is written next
+        finds neighbours."""
+        for _ in range(_PLACES_TRIED):
+            if not self._is_long_unused(block - 1):
+                break
+            block -= 1
+        return block
+
+    def _evict(self, block: int) -> None:
+        del self._unused[block]
+        del self._block_of[self._hash_of.pop(block)]
 
     def share(self, block: int) -> None:
         if self._uses[block] == 0:
@@ -119,6 +160,8 @@ class BlockPool:
             self._free[block] = None
             self._free.move_to_end(block, last=False)
             return
+        self._clock += 1
+        self._released_at[block] = self._clock
         self._unused[block] = None
         if not is_useful:
             self._unused.move_to_end(block, last=False)
@@ -218,9 +261,10 @@ class KVCache:
             if columns - table.count > pool.available:
                 return False
         for pool, table in zip(self.pools, sequence.tables, strict=True):
+            if table.count == table.first and table.count < columns:
+                table.append(pool.take_apart(self._blocks_expected(sequence)))
             while table.count < columns:
-                last = int(table.ids[table.count - 1]) if table.count > table.first else -1
-                table.append(pool.take(after=last))
+                table.append(pool.take(after=int(table.ids[table.count - 1])))
         return True
 
     def advance(self, sequence: Sequence, computed: int) -> None:
@@ -277,6 +321,10 @@ class KVCache:
         while table.first < min(needed, table.count):
             column = table.first
             self.pools[group].release(table.drop_first(), is_useful=column in snapshot)
+
+    def _blocks_expected(self, sequence: Sequence) -> int:
+        most = len(sequence.ids) + min(sequence.request.limit, _EXPECTED_TOKENS)
+        return -(-most // self.block_size)
 
     def _match(self, sequence: Sequence) -> int:
         """How many leading blocks can be shared; at least one id is left to compute."""

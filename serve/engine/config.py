@@ -17,6 +17,6 @@ class EngineConfig:
     max_waiting: int = 256
     max_waiting_tokens: int = 1_000_000
     threads: int | None = None
-    int8: bool = False
+    packs_weights: bool = False
     fast_layers: bool = True
     queue_timeout: float | None = 300.0

@@ -22,12 +22,13 @@ from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.demand import Line, Rate
 from serve.engine.face import EngineStats, GenerationRequest, Mailbox, Waiting
+from serve.engine.faults import is_out_of_memory, public
 from serve.engine.runner import Runner, StepInputs, create_runner, token_inputs
 from serve.engine.sampling import Draw, mix
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import Request, Sequence, Status
 from serve.engine.validation import check_request
-from serve.errors import EngineFailed, OutOfMemory, Overloaded, ServeError, Unavailable
+from serve.errors import EngineFailed, Overloaded, ServeError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class PagedEngine:
         self._deliver()
 
     def _loop(self) -> None:
+        self._runner.prepare(self._config.threads)
         while self._wait_for_work():
             self._step_began = time.monotonic()
             try:
@@ -166,14 +168,22 @@ class PagedEngine:
             self._inbox.clear()
         for note in notes:
             if isinstance(note, Request):
-                self._requests[note.number] = note
-                for sequence in note.sequences:
-                    grammar = note.generation.grammar
-                    sequence.matcher = None if grammar is None else grammar.matcher()
-                self._scheduler.add(note)
+                self._begin(note)
             elif (request := self._requests.get(note.number)) is not None:
                 self._cancel(request, note.choice)
         self._expire()
+
+    def _begin(self, request: Request) -> None:
+        self._requests[request.number] = request
+        grammar = request.generation.grammar
+        try:
+            for sequence in request.sequences if grammar is not None else ():
+                sequence.matcher = grammar.matcher()  # type: ignore[union-attr]
+        except Exception as error:  # a grammar is the caller's: it fails its own request only
+            log.exception("A grammar did not start")
+            self._end(request, public(error))
+            return
+        self._scheduler.add(request)
 
     def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
         """Run the chunks; each with what it drew, if it draws. A step that fails ends its own
@@ -181,7 +191,7 @@ class PagedEngine:
         try:
             return self._run_once(chunks)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 return self._fail_chunks(chunks, error)
             return self._run_half(chunks)
         except Exception as error:  # the engine's boundary, as above
@@ -204,7 +214,7 @@ class PagedEngine:
         try:
             return self._run_once(half)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 return self._fail_chunks(half, error)
             self._runner.free_memory()
             largest = max(half, key=lambda chunk: (chunk.count, chunk.end))
@@ -215,7 +225,7 @@ class PagedEngine:
     ) -> list[tuple[Chunk, Draw | None]]:
         log.error("A step of %d sequences failed", len(chunks), exc_info=error)
         for request in {chunk.sequence.request.number: chunk.sequence.request for chunk in chunks}:
-            self._end(self._requests[request], _public(error))
+            self._end(self._requests[request], public(error))
         return []
 
     def _advance(self, done: list[tuple[Chunk, Draw | None]]) -> None:
@@ -229,8 +239,13 @@ class PagedEngine:
             if draw.problem is not None:
                 self._end(request, EngineFailed(draw.problem))
                 continue
-            sequence.append(draw.token, draw.score, now)
             self._touched[request.number] = request
+            try:
+                sequence.append(draw.token, draw.score, now)
+            except Exception as error:  # its grammar refused the id it had allowed
+                log.exception("A grammar did not accept an id")
+                self._end(request, public(error))
+                continue
             if sequence.reason is not None:
                 self._scheduler.drop(sequence)
                 self._end_if_complete(request)
@@ -270,7 +285,7 @@ class PagedEngine:
     def _fail_all(self, error: Exception) -> None:
         """Something outside the model's run broke: nothing that runs can be trusted."""
         for request in list(self._requests.values()):
-            self._end(request, _public(error))
+            self._end(request, public(error))
         self._deliver()
 
     def _cancel_everything(self) -> None:
@@ -339,26 +354,6 @@ class PagedEngine:
                 request.told_ahead = ahead
                 request.outbox.append(Waiting(ahead, self._line.wait_seconds(ahead)))
                 self._touched[request.number] = request
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and a RuntimeError naming its allocator on a CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
-
-
-def _public(error: BaseException) -> ServeError:
-    """What a caller may read about it; the rest is in the log."""
-    if isinstance(error, ServeError):
-        return error
-    if _is_out_of_memory(error):
-        return OutOfMemory(
-            "The model ran out of memory on this request. Try a shorter one.", retry_after=5
-        )
-    return EngineFailed("The model failed on this request. The server's log has the details.")
 
 
 def create_engine(

@@ -7,7 +7,9 @@ engine.py on its thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from serve.engine import modules, sampling
-from serve.engine.attention import AttentionBackend, Layout, TorchBackend, probe
+from serve.engine.attention import AttentionBackend, Layout, Probe, TorchBackend, probe
 from serve.engine.attention_cpu import CpuBackend
 from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
@@ -49,11 +51,18 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._inputs = inputs
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     @property
     def vocabulary(self) -> int:
         """How many ids the model reads and writes."""
         return int(self._model.get_input_embeddings().weight.shape[0])
+
+    def prepare(self, threads: int | None) -> None:
+        """On the engine's thread, before the first step: how many threads torch uses is a
+        property of the thread that calls it."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
 
     def free_memory(self) -> None:
         """Give cached device memory back before trying again with less."""
@@ -64,8 +73,13 @@ class Runner:
     def run(self, chunks: Sequence[Chunk]) -> list[Draw]:
         """Compute the chunks (decodes first) and draw for those that end at their sequence's last
         id, in order."""
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
+        if any(choice.matcher is not None for choice in drawing):
+            pending = self._beside.submit(sampling.fill_masks, drawing, self.vocabulary)
+            logits = self.forward(chunks)
+            return sampling.draw(logits, drawing, pending.result())
         logits = self.forward(chunks)
-        return sampling.draw(logits, [c.sequence for c in chunks if c.draws])
+        return sampling.draw(logits, drawing) if drawing else []
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[rows that draw, vocabulary]"""
@@ -114,12 +128,12 @@ def create_runner(
     """Look at the model, size the cache, and make what runs it. The third value is the context
     length that the cache can hold."""
     if device.type == "cpu" and config.fast_layers:
-        modules.install(model, int8=config.int8)
+        modules.install(model, packs=config.packs_weights)
     shapes = probe(model, device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     size = size_cache(
         shapes,
-        _budget_bytes(device, config),
+        _budget_bytes(model, device, config, inputs),
         itemsize=dtype.itemsize,
         block_size=config.block_size,
         context_length=context_length,
@@ -133,13 +147,37 @@ def create_runner(
     return runner, cache, size.context_length
 
 
-def _budget_bytes(device: torch.device, config: EngineConfig) -> int:
+def _budget_bytes(
+    model: Any, device: torch.device, config: EngineConfig, inputs: StepInputs
+) -> int:
     if config.kv_cache_gb is not None:
         return int(config.kv_cache_gb * 2**30)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.8)
+        return _free_device_bytes(model, device, config, inputs)
     return _free_ram_bytes() // 4
+
+
+@torch.inference_mode()
+def _free_device_bytes(
+    model: Any, device: torch.device, config: EngineConfig, inputs: StepInputs
+) -> int:
+    """What is left beside the largest step there can be: a full prompt chunk and all rows drawn."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    tokens = config.prefill_chunk + config.max_running
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=device)
+    positions = torch.arange(tokens, device=device)[None]
+    last = torch.arange(config.max_running, device=device)
+    logits = model(
+        **inputs(model, [], ids, positions), use_cache=False, logits_to_keep=last, paged=Probe()
+    ).logits[0]
+    logits.float().softmax(-1).cumsum(-1).sort(-1)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del logits
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - 1.25 * peak - 0.03 * total))
 
 
 def _free_ram_bytes() -> int:

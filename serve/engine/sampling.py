@@ -13,16 +13,21 @@ Called by runner.py on the engine's thread. Knows logits and sequences, no cache
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from serve.engine.face import TokenScore
 from serve.engine.sequence import Sequence as Choice
 from serve.values import Sampling
+
+log = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5
 _CANDIDATES = 256  # top_p looks among so many first; a flatter row is sorted whole
@@ -52,39 +57,71 @@ def uniform(seed: int, position: int) -> float:
     return (mix(mix(seed) ^ position) >> 11) * 2.0**-53
 
 
-def draw(logits: Tensor, choices: Sequence[Choice]) -> list[Draw]:
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What the grammars of a step's rows allow: `words` int32 [bound rows, ceil(vocabulary / 32)],
+    one row for each of `rows`; `broken` names rows whose grammar raised."""
+
+    rows: tuple[int, ...]
+    words: npt.NDArray[np.int32]
+    broken: frozenset[int]
+
+
+def fill_masks(choices: Sequence[Choice], vocabulary: int) -> Masks | None:
+    """Ask every grammar what may come next; None without grammars. Needs no logits, so it can run
+    beside the forward pass."""
+    rows = tuple(row for row, choice in enumerate(choices) if choice.matcher is not None)
+    if not rows:
+        return None
+    words = np.full((len(rows), -(-vocabulary // 32)), -1, np.int32)
+    broken = set()
+    for place, row in enumerate(rows):
+        matcher = choices[row].matcher
+        assert matcher is not None
+        try:
+            matcher.fill(words, place)
+        except Exception:  # a grammar is the caller's: it fails its own request only
+            log.exception("A grammar failed to say what may come next")
+            broken.add(row)
+    return Masks(rows, words, frozenset(broken))
+
+
+def draw(logits: Tensor, choices: Sequence[Choice], masks: Masks | None = None) -> list[Draw]:
     """The next id of each row. `logits` [rows, vocabulary] may be changed in place."""
     logits = logits.float()
     options = [choice.request.generation.sampling for choice in choices]
-    healthy = logits.sum(-1).isfinite()
     _penalize(logits, choices, options)
     _bias(logits, options)
     _hold_ends(logits, choices, options)
-    _mask(logits, choices)
-    best, ids = logits.max(-1)
-    drawable = best > float("-inf")
+    if masks is not None:
+        _apply(masks, logits)
+    best, ids = logits.max(-1)  # a number that is not finite shows here: NaN is the largest
     hot = [i for i, o in enumerate(options) if o.temperature > GREEDY_BELOW]
     if hot:
-        rows = _shape(logits[hot], [options[i] for i in hot])
+        rows = _shape(
+            logits if len(hot) == len(options) else logits[hot], [options[i] for i in hot]
+        )
         noise = [uniform(choices[i].seed, choices[i].drawn) for i in hot]
         ids[hot] = _invert(rows, noise)
-        asked = [i for i in hot if options[i].logprobs is not None]
-        if asked:
+        if any(options[i].logprobs is not None for i in hot):
             logits[hot] = rows
     scores = _scores(logits, ids, options)
+    broken = frozenset() if masks is None else masks.broken
     return [
-        _outcome(is_healthy, can_draw, token, score)
-        for is_healthy, can_draw, token, score in zip(
-            healthy.tolist(), drawable.tolist(), ids.tolist(), scores, strict=True
+        _outcome(i in broken, highest, token, score)
+        for i, (highest, token, score) in enumerate(
+            zip(best.tolist(), ids.tolist(), scores, strict=True)
         )
     ]
 
 
-def _outcome(is_healthy: bool, can_draw: bool, token: int, score: TokenScore | None) -> Draw:
-    if not is_healthy:
-        return Draw(problem="The model computed numbers that are not finite.")
-    if not can_draw:
+def _outcome(is_broken: bool, highest: float, token: int, score: TokenScore | None) -> Draw:
+    if is_broken:
+        return Draw(problem="The grammar of this request failed.")
+    if highest == float("-inf"):
         return Draw(problem="Grammar, bias and min_tokens together allow no token here.")
+    if not math.isfinite(highest):
+        return Draw(problem="The model computed numbers that are not finite.")
     return Draw(token, score)
 
 
@@ -115,20 +152,12 @@ def _hold_ends(logits: Tensor, choices: Sequence[Choice], options: Sequence[Samp
             logits[row, list(choice.request.ends)] = float("-inf")
 
 
-def _mask(logits: Tensor, choices: Sequence[Choice]) -> None:
-    """Grammars: each matcher fills one row of a bitmask, applied to all those rows at once."""
-    bound = [row for row, choice in enumerate(choices) if choice.matcher is not None]
-    if not bound:
-        return
-    vocabulary = logits.shape[1]
-    words = np.full((len(bound), -(-vocabulary // 32)), -1, np.int32)
-    for place, row in enumerate(bound):
-        matcher = choices[row].matcher
-        assert matcher is not None
-        matcher.fill(words, place)
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
+def _apply(masks: Masks, logits: Tensor) -> None:
+    """Forbid in all bound rows at once what their grammars do not allow."""
+    vocabulary, rows = logits.shape[1], list(masks.rows)
+    bits = np.unpackbits(masks.words.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
     forbidden = torch.from_numpy(bits == 0).to(logits.device)
-    logits[bound] = logits[bound].masked_fill(forbidden, float("-inf"))
+    logits[rows] = logits[rows].masked_fill(forbidden, float("-inf"))
 
 
 def _shape(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
