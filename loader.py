@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.quantization.folder import read_config
-from serve.quantization.machine import Machine, this_machine
+from serve.quantization.machine import Machine, can_hold_mxfp4, this_machine
 from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
 from serve.settings import Settings
 from serve.sources import embedded, huggingface, lfs, modelscope, openxlab
@@ -213,7 +213,10 @@ class Loader:
         return self._first_machine
 
     def _plan(self, weights: Weights) -> Plan:
-        return plan(weights, self._settings.quant_type, self.machine(), can_hold_mxfp4=False)
+        machine = self.machine()
+        return plan(
+            weights, self._settings.quant_type, machine, can_hold_mxfp4=can_hold_mxfp4(machine)
+        )
 
     def _check_fit(self, offer: Offer) -> None:
         """Raise Refused before a byte of weights comes."""
@@ -291,7 +294,11 @@ class Loader:
         if vision and processor is None:
             vision = None
         model = reading.load_weights(
-            folder, weights.config, chosen, vision=vision is not False and processor is not None
+            folder,
+            weights.config,
+            chosen,
+            self.machine().device,
+            vision=vision is not False and processor is not None,
         )
         stated = reading.stated_ends(folder, weights.config)
         done = self._finish(model, tokenizer, stated, chosen, name, source, folder)

@@ -155,15 +155,20 @@ def sees_images(config: Mapping[str, Any]) -> bool | None:
     )
 
 
-def load_weights(folder: Path, config: Mapping[str, Any], plan: Plan, *, vision: bool) -> Any:
-    """The model in eval mode, on the CPU or (bnb4 on a GPU) where bitsandbytes put it."""
+def load_weights(
+    folder: Path, config: Mapping[str, Any], plan: Plan, device: str, *, vision: bool
+) -> Any:
+    """The model in eval mode on `device`, where its tensors go one by one. Raises Refused."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from serve.quantization.transform import quantization_options
 
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    options = quantization_options(plan, config, weight_files(folder))
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    is_ours = plan.method in ("awq", "gptq", "mxfp4")
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(kept if is_ours else dict(config))
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(
@@ -173,7 +178,8 @@ def load_weights(folder: Path, config: Mapping[str, Any], plan: Plan, *, vision:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            **quantization_options(plan, config),
+            device_map={"": device},
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
         raise Refused(f"transformers cannot load it: {_first_line(error)}") from error

@@ -6,6 +6,7 @@ Asked once per loading. Called by loader.py; knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,11 @@ def this_machine() -> Machine:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Machine("cuda", free, torch.cuda.get_device_name(), has_bf16)
     return Machine("cpu", free_memory(), "the CPU")
+
+
+def can_hold_mxfp4(machine: Machine) -> bool:
+    """Whether 4-bit expert layers can be computed: by torch on a CPU, by Triton on a GPU."""
+    return machine.device == "cpu" or find_spec("triton") is not None
 
 
 def free_memory(cgroups: Path = CGROUPS) -> int:

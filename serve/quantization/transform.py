@@ -1,18 +1,21 @@
 """What transformers is told about a plan's quantization.
 
-Called by folder.py; the 4-bit layers of its own are in packed.py.
+Called by folder.py; layers of our own, which stay packed, are in packed.py and linear4.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from serve.quantization.plan import Plan, Refused
+from serve.quantization.plan import Plan
 
 
-def quantization_options(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for from_pretrained. Raises Refused for what is not installed."""
+def quantization_options(
+    plan: Plan, config: Mapping[str, Any], files: Sequence[Path]
+) -> dict[str, Any]:
+    """Keyword arguments for from_pretrained. Raises Refused."""
     import torch
 
     stored = (config.get("quantization_config") or {}).get("quant_method", "")
@@ -30,8 +33,9 @@ def quantization_options(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=getattr(torch, plan.dtype),
             ),
-            "device_map": {"": "cuda" if torch.cuda.is_available() else "cpu"},
         }
     if plan.method in ("awq", "gptq", "mxfp4"):
-        raise Refused(f"{plan.method} weights are not loaded yet", "Set QUANT_TYPE=auto.")
+        from serve.quantization.packed import packed_config
+
+        return {"quantization_config": packed_config(files, config)}
     return {}

@@ -44,8 +44,10 @@ def candidates(settings: Settings) -> tuple[Candidate, ...]:
     if settings.hf_model_id:
         found.append(Candidate("hub", settings.hf_model_id, "HF_MODEL_ID"))
     found.append(Candidate("embedded", embedded.REFERENCE, "the embedded default"))
-    once = {(candidate.kind, candidate.name): candidate for candidate in reversed(found)}
-    return tuple(candidate for candidate in found if candidate in once.values())
+    once: dict[tuple[str, str], Candidate] = {}
+    for candidate in found:
+        once.setdefault((candidate.kind, candidate.name), candidate)
+    return tuple(once.values())
 
 
 def is_id(name: str) -> bool:

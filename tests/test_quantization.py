@@ -1,0 +1,226 @@
+"""How weights are held: the plan's numbers, and each packed form against what it means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loader import LoadFailed, load
+from serve.model import LoadedModel
+from serve.quantization.machine import Machine, free_memory
+from serve.quantization.plan import Refused, Weights, plan, plan_gguf
+from serve.settings import QuantType, from_env
+from serve.values import PassedOver
+from tests.tiny import tiny_gpt_oss, tiny_llama
+from tests.tiny_quantized import quantized_llama
+
+GB = 10**9
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 24,
+    "num_local_experts": 32,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "vocab_size": 201088,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+GPT_OSS_20B = Weights(GPT_OSS, 13_761_264_768)
+DENSE = Weights({"dtype": "bfloat16", "vocab_size": 152064, "hidden_size": 3584}, 15_231_000_000)
+BF16_MOE = Weights({**GPT_OSS, "quantization_config": None, "dtype": "bfloat16"}, 41_830_000_000)
+
+
+def on(device: str, free: float, **more: Any) -> Machine:
+    return Machine(device, int(free * GB), "a test machine", **more)  # type: ignore[arg-type]
+
+
+def planned(weights: Weights, machine: Machine, wanted: QuantType = "auto") -> Any:
+    return plan(weights, wanted, machine, can_hold_mxfp4=True)
+
+
+def load_path(folder: Path, work: Path, **environment: str) -> LoadedModel:
+    dead = "http://127.0.0.1:9"
+    named = {"WORK_DIR": str(work), "HF_ENDPOINT": dead, "MODELSCOPE_ENDPOINT": dead}
+    passed: list[PassedOver] = []
+    settings = from_env({**named, "MODEL_LOCAL_PATH": str(folder), **environment})
+    loaded = load(settings, lambda _: None, passed.append)
+    assert passed == []
+    return loaded
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(torch.arange(3, 40)[None]).logits.float()
+
+
+# ---- the plan ----
+
+
+def test_gpt_oss_20b_is_known_to_have_its_parameters() -> None:
+    assert GPT_OSS_20B.parameters() == pytest.approx(20.9e9, rel=0.01)
+
+
+def test_gpt_oss_20b_stays_in_4_bits_on_a_16_gb_gpu() -> None:
+    chosen = planned(GPT_OSS_20B, on("cuda", 16))
+    assert chosen.method == "mxfp4" and 13.5 * GB < chosen.bytes_needed < 16 * GB
+
+
+@pytest.mark.parametrize("free", [2, 8, 14])
+def test_gpt_oss_20b_is_refused_with_numbers_where_it_does_not_fit(free: float) -> None:
+    for device in ("cuda", "cpu"):
+        with pytest.raises(Refused) as refused:
+            planned(GPT_OSS_20B, on(device, free))
+        assert f"{free:.1f} GB are free" in refused.value.reason and refused.value.fix
+
+
+def test_without_4_bit_layers_mxfp4_is_never_unpacked_into_memory_that_is_not_there() -> None:
+    with pytest.raises(Refused, match="needs .* GB"):
+        plan(GPT_OSS_20B, "auto", on("cuda", 24), can_hold_mxfp4=False)
+    unpacked = plan(GPT_OSS_20B, "auto", on("cuda", 80), can_hold_mxfp4=False)
+    assert unpacked.method == "full" and "MXFP4 unpacked" in unpacked.notes[0]
+
+
+def test_a_dense_model_gets_what_fits_and_says_what_was_given_up() -> None:
+    assert planned(DENSE, on("cuda", 24)).method == "full"
+    small = planned(DENSE, on("cuda", 10))
+    assert small.method == "bnb4" and "4 bits" in small.notes[0]
+    assert planned(DENSE, on("cpu", 64)).dtype == "float32"
+    halved = planned(DENSE, on("cpu", 24))
+    assert halved.dtype == "bfloat16" and "float32 would need" in halved.notes[0]
+    assert planned(DENSE, on("cuda", 24, has_bf16=False)).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("weights", "wanted", "said"),
+    [
+        (DENSE, "awq", "asks for AWQ"),
+        (DENSE, "gptq", "asks for GPTQ"),
+        (DENSE, "mxfp4", "asks for MXFP4"),
+        (GPT_OSS_20B, "bnb4", "already MXFP4"),
+        (GPT_OSS_20B, "int8", "already MXFP4"),
+        (BF16_MOE, "bnb4", "32 experts"),
+        (DENSE, "int8", "is for the CPU"),
+        (Weights({"quantization_config": {"quant_method": "fp8"}}, 10), "auto", "'fp8'"),
+        (Weights({"quantization_config": {"quant_method": "awq"}}, 10), "full", "unpack AWQ"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_fix(
+    weights: Weights, wanted: QuantType, said: str
+) -> None:
+    with pytest.raises(Refused, match=said) as refused:
+        planned(weights, on("cuda", 200), wanted)
+    assert refused.value.fix
+
+
+def test_a_gguf_files_size_is_foreseen_from_its_name() -> None:
+    assert plan_gguf("x-Q4_K_M.gguf", 4 * GB, "auto", on("cuda", 24)).bytes_needed > 13 * GB
+    with pytest.raises(Refused, match="unpacked to float32"):
+        plan_gguf("gpt-oss-20b-mxfp4.gguf", 12 * GB, "auto", on("cpu", 32))
+    with pytest.raises(Refused, match="GGUF"):
+        plan_gguf("x-Q4_K_M.gguf", GB, "awq", on("cpu", 32))
+
+
+def test_a_containers_limit_counts_when_it_is_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    system = SimpleNamespace(available=50 * GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: system)
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    (tmp_path / "memory.current").write_text("1200000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 200000000\n")
+    assert free_memory(tmp_path) == 2_000_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) == 50 * GB
+
+
+# ---- the packed forms ----
+
+
+@pytest.mark.parametrize(
+    ("method", "group", "act_order", "form"),
+    [
+        ("awq", 32, False, ""),
+        ("awq", 64, False, ""),
+        ("gptq", 32, False, "gptq"),
+        ("gptq", 32, True, "gptq"),
+        ("gptq", 32, True, "gptq_v2"),
+        ("gptq", 16, True, "gptq"),  # a group that torch's products do not take
+        ("gptq", -1, False, "gptq"),
+    ],
+)
+def test_a_packed_checkpoint_answers_as_the_weights_it_means(
+    tmp_path: Path, method: str, group: int, act_order: bool, form: str
+) -> None:
+    packed, plain = quantized_llama(
+        tmp_path, method, group=group, act_order=act_order, form=form or "gptq"
+    )
+    ours = load_path(packed, tmp_path)
+    assert ours.quantization == method
+    from serve.quantization.linear4 import Linear4
+
+    assert isinstance(ours.model.model.layers[0].mlp.down_proj, Linear4)
+    assert not any("qweight" in name for name, _ in ours.model.named_buffers())
+    torch.testing.assert_close(logits(ours), logits(load_path(plain, tmp_path)), atol=2e-3, rtol=0)
+
+
+def test_widened_weights_are_exactly_what_the_codes_mean(tmp_path: Path) -> None:
+    packed, plain = quantized_llama(tmp_path, "awq")
+    ours, meant = load_path(packed, tmp_path).model, load_path(plain, tmp_path).model
+    for layer, plain_layer in zip(ours.model.layers, meant.model.layers, strict=True):
+        torch.testing.assert_close(
+            layer.mlp.up_proj.widened(torch.float32), plain_layer.mlp.up_proj.weight
+        )
+
+
+def test_mxfp4_experts_stay_packed_when_asked_and_answer_as_the_unpacked_ones(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_gpt_oss(tmp_path / "oss", mxfp4=True)
+    kept = load_path(folder, tmp_path, QUANT_TYPE="mxfp4")
+    unpacked = load_path(folder, tmp_path, QUANT_TYPE="full")
+    assert (kept.quantization, unpacked.quantization) == ("mxfp4", "none")
+    assert not any("experts" in name for name, _ in kept.model.named_parameters())
+    torch.testing.assert_close(logits(kept), logits(unpacked), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_bnb4_on_the_cpu_answers_as_its_dequantized_weights(tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    folder = tiny_llama(tmp_path / "tiny", hidden_size=128, intermediate_size=256)
+    packed = load_path(folder, tmp_path, QUANT_TYPE="bnb4")
+    plain = load_path(folder, tmp_path)
+    assert packed.quantization == "bnb4"
+    for name, module in packed.model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            meant = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.model.get_submodule(name).weight.data = meant.float()
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": 8}, "8 bits"),
+        ({"version": "gemv"}, "'gemv'"),
+        ({"quant_method": "mxfp4"}, "hold no such tensors"),
+    ],
+)
+def test_a_packing_that_is_not_read_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("serve.sources.embedded.REQUIREMENT", "no-such-package-here==0.0.0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    packed, _ = quantized_llama(tmp_path, "awq")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= change
+    (packed / "config.json").write_text(json.dumps(config))
+    quant = "mxfp4" if "quant_method" in change else "auto"
+    with pytest.raises(LoadFailed, match=said):
+        load_path(packed, tmp_path, QUANT_TYPE=quant, HF_MODEL_ID="c/d")
