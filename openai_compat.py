@@ -14,14 +14,18 @@ from importlib import metadata
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.exception_handlers import http_exception_handler
+from fastapi.exception_handlers import (
+    http_exception_handler,
+    request_validation_exception_handler,
+)
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from serve.answers import CLIENT_GONE, Answers
-from serve.errors import Forbidden, MethodNotAllowed, NotFound, ServeError
+from serve.errors import Forbidden, InvalidRequest, MethodNotAllowed, NotFound, ServeError
 from serve.keys import KeyRing
 from serve.limits import Budgets
 from serve.service import Service
@@ -88,6 +92,7 @@ def create_api(
         "exception_handlers": {
             ServeError: on_serve_error,
             HTTPException: on_http_exception,
+            RequestValidationError: on_invalid,
             ClientDisconnect: on_client_disconnect,
             Exception: on_exception,
         },
@@ -210,6 +215,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         return await http_exception_handler(request, error)
     wrong = ServeError(str(error.detail))
     return JSONResponse(envelope(wrong), error.status_code, headers=error.headers)
+
+
+async def on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    if not is_under(route_path(request.scope), "/v1"):
+        return await request_validation_exception_handler(request, error)
+    return await on_serve_error(request, InvalidRequest("The request is malformed."))
 
 
 async def on_client_disconnect(request: Request, error: Exception) -> Response:

@@ -15,6 +15,13 @@ from serve.values import ModelCard, Status
 
 VERSION = "0.1.0"
 
+# Codex sends these instead of its own where it takes the model from this list.
+_CODEX_INSTRUCTIONS = (
+    "You are a coding agent in the user's terminal. Work in the user's folder with the tools you "
+    "are given: look before you change, change no more than was asked, run what shows that it "
+    "works, and end with a short account of what you did and what you could not do."
+)
+
 
 def fingerprint(card: ModelCard) -> str:
     """Changes when answers to the same seed may change: other weights, way of holding them,
@@ -59,7 +66,7 @@ def _codex_json(card: ModelCard) -> dict[str, Any]:
         "visibility": "list",
         "supported_in_api": True,
         "priority": 0,
-        "base_instructions": "",
+        "base_instructions": _CODEX_INSTRUCTIONS,
         "supports_reasoning_summaries": False,
         "support_verbosity": False,
         "default_verbosity": None,
