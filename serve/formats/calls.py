@@ -37,6 +37,9 @@ class CallWriter:
         name at all."""
         return snap(written, self._declared)
 
+    def is_declared(self, written: str) -> bool:
+        return self.name(written) in self._declared
+
     def start(self, name: str) -> list[ContentEvent]:
         call = self.count
         self.count += 1

@@ -10,6 +10,7 @@ from typing import Any
 from serve.formats.base import ChatFormat
 from serve.formats.harmony import HarmonyFormat
 from serve.formats.harmony_render import marks_of
+from serve.formats.images import Sight, shows_pictures
 from serve.formats.template import TemplateFormat
 from serve.formats.vocabulary import Vocabulary
 
@@ -19,11 +20,16 @@ def choose(
     model_type: str = "",
     eos_ids: frozenset[int] = frozenset(),
     vocabulary_size: int = 0,
+    processor: Any | None = None,
 ) -> ChatFormat:
     """`vocabulary_size` is how many ids the model's output layer has; it may be more than the
-    tokenizer knows."""
+    tokenizer knows. `processor` is a vision model's, None for one that only reads."""
+    sight = None
+    if processor is not None and shows_pictures(processor):
+        sight = Sight(processor)
+        tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     vocabulary = Vocabulary(tokenizer, vocabulary_size)
     marks = marks_of(vocabulary)
     if marks is not None:
         return HarmonyFormat(vocabulary, marks, eos_ids)
-    return TemplateFormat(vocabulary, eos_ids)
+    return TemplateFormat(vocabulary, eos_ids, sight)

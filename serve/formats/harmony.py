@@ -12,17 +12,17 @@ from datetime import date
 from typing import cast
 
 from serve.engine.face import Prompt
-from serve.errors import InvalidRequest, Unsupported
+from serve.errors import InvalidRequest
 from serve.formats.base import Rendered, StreamParser
 from serve.formats.calls import CallWriter
+from serve.formats.demands import EFFORTS, allowed_options, check_demands, raw_prompt, tools_shown
 from serve.formats.grammar import GrammarCompiler
 from serve.formats.harmony_grammar import harmony_grammar
 from serve.formats.harmony_parse import HarmonyParser
-from serve.formats.harmony_render import EFFORTS, Marks, render
-from serve.formats.template import allowed_options, raw_prompt
+from serve.formats.harmony_render import Marks, render
 from serve.formats.text import ContentWriter, TextParser
 from serve.formats.vocabulary import Vocabulary
-from serve.values import Capabilities, ChatRequest, Effort, TextRequest, Tool
+from serve.values import Capabilities, ChatRequest, Effort, TextRequest
 
 
 class HarmonyFormat:
@@ -48,7 +48,7 @@ class HarmonyFormat:
         )
 
     def render(self, request: ChatRequest) -> Rendered:
-        _check(request)
+        check_demands(request)
         tools = tools_shown(request)
         grammar = harmony_grammar(self._grammars, self._marks, request, tools)
         ids = render(
@@ -93,37 +93,6 @@ class HarmonyFormat:
         )
 
 
-def check_tool_choice(request: ChatRequest) -> None:
-    """A choice must be one that the declared tools can satisfy."""
-    choice = request.tool_choice
-    declared = [tool.name for tool in request.tools]
-    missing = [name for name in choice.names if name not in declared]
-    if missing:
-        raise InvalidRequest(
-            f"tool_choice names {missing[0]!r}, which is not among the tools.", param="tool_choice"
-        )
-    if choice.mode == "required" and not declared:
-        raise InvalidRequest("tool_choice needs tools to choose from.", param="tool_choice")
-    if request.continue_final_message and (
-        choice.mode == "required" or request.response_format.kind != "text"
-    ):
-        raise InvalidRequest(
-            "A message begun cannot be continued under a response format or a forced call.",
-            param="continue_final_message",
-        )
-
-
-def tools_shown(request: ChatRequest) -> tuple[Tool, ...]:
-    """The tools that the model may call: none with tool_choice "none", the named ones where it
-    names some."""
-    choice = request.tool_choice
-    if choice.mode == "none":
-        return ()
-    if choice.names:
-        return tuple(tool for tool in request.tools if tool.name in choice.names)
-    return request.tools
-
-
 def _effort(request: ChatRequest) -> Effort:
     options = allowed_options(request)
     effort = request.reasoning_effort or options.get("reasoning_effort")
@@ -135,19 +104,3 @@ def _effort(request: ChatRequest) -> Effort:
             param="reasoning_effort",
         )
     return cast(Effort, effort)
-
-
-def _check(request: ChatRequest) -> None:
-    check_tool_choice(request)
-    if not request.messages:
-        raise InvalidRequest("At least one message is needed.", param="messages")
-    if any(message.images for message in request.messages):
-        raise Unsupported(
-            "This model reads text only: leave the images out, or ask a model that sees.",
-            param="messages",
-        )
-    if request.continue_final_message and request.messages[-1].role != "assistant":
-        raise InvalidRequest(
-            "To continue a message, the last one must be the assistant's.",
-            param="continue_final_message",
-        )

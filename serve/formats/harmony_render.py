@@ -16,18 +16,9 @@ from datetime import date
 
 from serve.formats.typescript import NAMESPACE, tools_section
 from serve.formats.vocabulary import Vocabulary
-from serve.values import ChatRequest, Effort, Message, ResponseFormat, Tool, ToolCallPart
+from serve.values import ChatRequest, Message, ResponseFormat, Tool, ToolCallPart
 
 MARKERS = ("start", "end", "message", "channel", "constrain", "return", "call")
-EFFORTS: dict[Effort, str] = {
-    "none": "low",
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "high",
-    "max": "high",
-}
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 

@@ -168,6 +168,10 @@ class ContentWriter:
         """Note the logprobs of a content token; call before writing the text it completes."""
         self._scores.append(token_logprob(self._vocabulary, token, score))
 
+    def forget_scores(self) -> None:
+        """What was noted since the last delta belonged to a tag."""
+        self._scores = []
+
     def write(self, text: str) -> list[ContentEvent]:
         return self._event(self._stops.push(text)) if text else []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import Unsupported
-from serve.values import Message, TextPart, Tool
+from serve.values import ImagePart, Message, TextPart, Tool
 
 Turn = dict[str, Any]
 
@@ -25,6 +25,7 @@ class Habits:
     system: bool = True
     developer: bool = False
     parts: bool = False
+    images: bool = False
 
 
 def turns(
@@ -87,13 +88,17 @@ def _turn(message: Message, habits: Habits, names: dict[str, str], wrap: bool) -
 
 
 def _content(message: Message, habits: Habits) -> str | list[Turn]:
-    if message.images:
+    if message.images and not habits.images:
         raise Unsupported(
             "This model reads text only: leave the images out, or ask a model that sees.",
-            param="messages",
+            param=message.images[0].where or "messages",
         )
-    if habits.parts:
-        return [{"type": "text", "text": p.text} for p in message.parts if isinstance(p, TextPart)]
+    if habits.parts or message.images:
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in message.parts
+            if isinstance(part, TextPart | ImagePart)
+        ]
     return message.text
 
 

@@ -1,0 +1,129 @@
+"""Conversations with pictures as a vision model's prompt: ids with room for each picture, tensors.
+
+The model's own processor writes both, from the decoded pictures; control tokens in what users wrote
+stay text. `Prompt.inputs` is a VisionInputs under the key "vision", which the engine reads. One
+request's pictures are decoded and processed at a time, so that memory stays bounded. Knows no
+engine and no HTTP; the processor is passed in. Used by template.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from PIL import Image
+
+from serve import pictures
+from serve.engine.face import Prompt
+from serve.errors import InvalidRequest
+from serve.values import ImagePart, Message
+
+Turn = dict[str, Any]
+
+_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionInputs:
+    """What a vision tower needs of one prompt's pictures: `tensors` by the names its model gives
+    them, on the CPU, and for each picture, in the prompt's order, a key of its pixels."""
+
+    tensors: Mapping[str, torch.Tensor]
+    keys: tuple[bytes, ...]
+
+
+class Sight:
+    """A processor, one request at a time."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._lock = Lock()
+
+    def prompt(
+        self,
+        conversation: Sequence[Turn],
+        messages: Sequence[Message],
+        tools: Sequence[Turn],
+        options: Mapping[str, Any],
+        *,
+        continues: bool,
+    ) -> Prompt:
+        """`conversation` is `messages` as the template takes them, with {"type": "image"} where a
+        picture goes. Raises InvalidRequest, or what the template raises."""
+        parts = [part for message in messages for part in message.images]
+        if len(parts) > pictures.MAX_IMAGES:
+            raise InvalidRequest(
+                f"The conversation has {len(parts)} pictures; at most {pictures.MAX_IMAGES} are "
+                "allowed in a request. Leave out older ones.",
+                param=parts[pictures.MAX_IMAGES].where or "messages",
+            )
+        with self._lock:
+            shown = [pictures.decode(part) for part in parts]
+            keys = tuple(
+                _key(picture, part, len(parts)) for picture, part in zip(shown, parts, strict=True)
+            )
+            made = self._process(_with_pictures(conversation, shown), tools, options, continues)
+        tensors = {name: value for name, value in made.items() if name not in _TEXT_KEYS}
+        ids = tuple(int(i) for i in made["input_ids"][0])
+        salt = hashlib.blake2b(b"".join(keys), digest_size=16).digest()
+        return Prompt(ids, {"vision": VisionInputs(tensors, keys)}, salt)
+
+    def _process(
+        self,
+        conversation: list[Turn],
+        tools: Sequence[Turn],
+        options: Mapping[str, Any],
+        continues: bool,
+    ) -> dict[str, torch.Tensor]:
+        made = self._processor.apply_chat_template(
+            conversation,
+            tools=list(tools) or None,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            sanitize_control_tokens=True,
+            processor_kwargs={"return_mm_token_type_ids": False},
+            **options,
+        )
+        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def shows_pictures(processor: Any) -> bool:
+    """Whether the processor's chat template puts a picture where a content part says "image"."""
+    try:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+        plain = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+        with_picture = processor.apply_chat_template(asked, tokenize=False)
+        return bool(with_picture != processor.apply_chat_template(plain, tokenize=False))
+    except _REFUSALS:
+        return False
+
+
+def _with_pictures(conversation: Sequence[Turn], shown: Sequence[Image.Image]) -> list[Turn]:
+    """The turns again (the processor changes what it is given), each picture in its place."""
+    left = iter(shown)
+    placed: list[Turn] = []
+    for turn in conversation:
+        content = turn["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": "image", "image": next(left)} if part["type"] == "image" else dict(part)
+                for part in content
+            ]
+        placed.append({**turn, "content": content})
+    return placed
+
+
+def _key(picture: Image.Image, part: ImagePart, count: int) -> bytes:
+    """Of the pixels, and of what else decides how they are cut up: some models cut a lone picture
+    finer than one among several."""
+    about = f"{picture.size} {part.detail} {count > 1} ".encode()
+    return hashlib.blake2b(about + picture.tobytes(), digest_size=16).digest()
