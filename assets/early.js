@@ -10,8 +10,8 @@
     document.body?.classList.toggle("dark", isDark);
   };
   const chinese = /^zh\b/i.test(saved.language || navigator.language);
-  document.documentElement.lang = chinese ? "zh-CN" : "en";
   window.chatPage = {
+    language: chinese ? "zh-CN" : "en",
     theme: saved.theme || "system",
     paint,
     bridge: {
@@ -41,7 +41,12 @@
   };
   dark.addEventListener("change", paint);
   paint();
-  // Gradio sets its own class on the body once it starts: ours is the one that counts.
+  // Gradio sets its own language and its own class once it starts: ours are the ones that count.
+  const root = document.documentElement;
+  root.lang = window.chatPage.language;
+  new MutationObserver(() => {
+    if (root.lang !== window.chatPage.language) root.lang = window.chatPage.language;
+  }).observe(root, { attributes: true, attributeFilter: ["lang"] });
   document.addEventListener("DOMContentLoaded", () => {
     paint();
     new MutationObserver(() => {

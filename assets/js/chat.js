@@ -8,6 +8,7 @@ import { newId } from "./dom.js";
 import { dataAddress } from "./store.js";
 
 const SAVE_EVERY = 1500;
+const LEFT = "page-left";
 const LARGEST_PICTURE = 4_000_000;
 
 export class Chat {
@@ -34,6 +35,7 @@ export class Chat {
   }
 
   open(conversation) {
+    this.#takeLeft(conversation);
     for (const node of Object.values(conversation.nodes)) {
       if (node.state === "running" && node.id !== this.run?.node.id) node.state = "stopped";
     }
@@ -74,6 +76,21 @@ export class Chat {
     this.conversation.nodes[whole.id] = whole;
     this.conversation.leaf = whole.id;
     return whole;
+  }
+
+  /** The page goes while an answer is written: the database may be too slow, this is not. */
+  leave() {
+    if (!this.run) return;
+    const { id, text, reasoning } = this.run.node;
+    localStorage.setItem(LEFT, JSON.stringify({ id, text, reasoning }));
+  }
+
+  #takeLeft(conversation) {
+    const left = JSON.parse(localStorage.getItem(LEFT) ?? "null");
+    const node = left && conversation.nodes[left.id];
+    if (!node) return;
+    localStorage.removeItem(LEFT);
+    if (node.state === "running") Object.assign(node, left);
   }
 
   async save(conversation = this.conversation) {
@@ -162,7 +179,7 @@ export class Chat {
     if (this.isRunning || (!text.trim() && !files.length)) {
       return [{ text: "", files: [] }, { noop: true }, memory];
     }
-    const parent = this.conversation.leaf;
+    const parent = this.#whereToGoOn();
     const question = this.#add({ role: "user", parent, text, files: files.map(fileRecord) });
     this.conversation.title ||= titleOf(text, files);
     const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
@@ -174,6 +191,14 @@ export class Chat {
     const whole = await this.#whole(turn);
     kept.then(() => this.save(this.run?.conversation ?? this.conversation));
     return [{ text: "", files }, whole, memory];
+  }
+
+  /** Below the last answer; where that failed before a word, beside its question: a question the
+   * model could not take must not stand in the way of the next. */
+  #whereToGoOn() {
+    const { leaf, nodes } = this.conversation;
+    const last = nodes[leaf];
+    return last?.state === "failed" && !last.text ? nodes[last.parent].parent : leaf;
   }
 
   async #whole(turn) {
@@ -227,7 +252,6 @@ export class Chat {
     const { run } = this;
     if (!run || snapshot?.turn !== run.node.id) return;
     run.last = Date.now();
-    run.isHeard = true;
     if (snapshot.phase === "need_history") {
       this.synced.clear();
       const { turn } = run;

@@ -12,12 +12,11 @@ import { count, setLanguage, t } from "./texts.js";
 import { Transcript } from "./transcript.js";
 
 const LAST = "page-conversation";
-const SILENCE = 12000;
-const FIRST_SIGN = 2500;
+const SILENCE = 5000; // the server gives a sign of life every second
 
 async function start() {
   takeOwnerToken();
-  setLanguage(document.documentElement.lang);
+  setLanguage(window.chatPage.language);
   const { bridge } = window.chatPage;
   const settings = new Settings();
   const store = await Store.open();
@@ -37,14 +36,13 @@ async function start() {
   bindHeader(page);
   bindSidebar(page);
   bindKeys(page);
-  status.listen((now) => statusChanged(page, now));
+  status.listen((now, before) => statusChanged(page, now, before));
   await open(localStorage.getItem(LAST));
   bridge.onpage = () => whenBoxIsThere(() => adopt(page));
   if (bridge.slot) bridge.onpage();
   await status.poll();
   setInterval(() => watchRun(page), 1000);
-  // What the last version of the page left half said is kept; so is this one's when it goes.
-  addEventListener("pagehide", () => chat.run && chat.save(chat.run.conversation));
+  addEventListener("pagehide", () => chat.leave());
 }
 
 function viewOf(page) {
@@ -140,7 +138,13 @@ function drawContext(page) {
 
 const short = (n) => (n < 1000 ? String(n) : `${(n / 1000).toFixed(n < 10000 ? 1 : 0)}k`);
 
-function statusChanged(page, now) {
+function statusChanged(page, now, before) {
+  if (now && before && now.boot !== before.boot) {
+    // Another process: Gradio's session is gone, and the script may be another version.
+    page.chat.leave();
+    location.reload();
+    return;
+  }
   const card = now?.model;
   page.settings.shownModel = card?.id ?? "";
   page.composer.sees = card?.capabilities.vision ?? null;
@@ -184,7 +188,7 @@ function drawModels(page) {
 /** An answer that has said nothing for a while: ask whether the server still works on it. */
 async function watchRun(page) {
   const { run } = page.chat;
-  if (!run || Date.now() - run.last < (run.isHeard ? SILENCE : FIRST_SIGN)) return;
+  if (!run || Date.now() - run.last < SILENCE) return;
   await page.status.poll();
   const now = page.status.now;
   const isIdle = now?.ready && now.running + now.waiting === 0;

@@ -342,6 +342,7 @@ let words = TEXTS.en;
 export function setLanguage(language) {
   const name = /^zh/i.test(language) ? "zh-CN" : "en";
   words = TEXTS[name];
+  window.chatPage.language = name;
   document.documentElement.lang = name;
 }
 
@@ -367,7 +368,8 @@ export function bytes(n) {
     n /= 1000;
     unit += 1;
   }
-  return `${n < 10 && unit > 1 ? n.toFixed(1) : Math.round(n)} ${UNITS[unit]}`;
+  const isFine = n < (unit > 2 ? 100 : 10) && unit > 1;
+  return `${isFine ? n.toFixed(1) : Math.round(n)} ${UNITS[unit]}`;
 }
 
 /** Words of a text; Chinese, Japanese and Korean characters count one each. */

@@ -15,6 +15,7 @@ import html
 import json
 import mimetypes
 import re
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,7 @@ class FirstPaint:
         self._service = service
         self._assets = assets
         self._title = title
+        self._boot = secrets.token_hex(8)  # another process: the page must start afresh
         self._files: dict[str, tuple[bytes, str]] = {}
         self._insert: tuple[str, str] | None = None
 
@@ -49,7 +51,8 @@ class FirstPaint:
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             await self._app(scope, receive, send)
         elif path == STATUS_PATH:
-            body = json.dumps(status_json(self._service.status())).encode()
+            told = {"boot": self._boot, **status_json(self._service.status())}
+            body = json.dumps(told).encode()
             await _reply(scope, send, 200, body, "application/json", b"no-store")
         elif path.startswith(ASSET_ROOT):
             await self._asset(scope, send, path.removeprefix(ASSET_ROOT))

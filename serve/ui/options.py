@@ -16,22 +16,28 @@ from serve.values import ChatRequest, Effort, ImagePart, Message, Sampling
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`max_tokens` None is up to the context's end, `effort` None is the model's own default."""
+    """`max_tokens` None is up to the context's end; other Nones are the model's own defaults."""
 
     system: str = ""
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
     effort: Effort | None = None
     model: str = "default"
 
     def request(self, messages: Sequence[Message]) -> ChatRequest:
+        said = {
+            name: value
+            for name, value in (("temperature", self.temperature), ("top_p", self.top_p))
+            if value is not None
+        }
+        left_open = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         sampling = Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            **said,
             max_tokens=self.max_tokens,
             seed=self.seed,
+            unset=tuple(name for name in left_open if name not in said),
         )
         return ChatRequest(
             messages, sampling, model=self.model or "default", reasoning_effort=self.effort
@@ -50,8 +56,8 @@ def options_from(given: Mapping[str, Any]) -> Options:
         )
     return Options(
         system=str(given.get("system") or ""),
-        temperature=_number(given, "temperature", 0.0, 2.0, 1.0),
-        top_p=_number(given, "top_p", 0.0, 1.0, 1.0),
+        temperature=_number(given, "temperature", 0.0, 2.0),
+        top_p=_number(given, "top_p", 0.0, 1.0),
         max_tokens=_whole(given, "max_tokens", 1),
         seed=_whole(given, "seed", 0),
         effort=effort,
@@ -59,10 +65,10 @@ def options_from(given: Mapping[str, Any]) -> Options:
     )
 
 
-def _number(given: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+def _number(given: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
     value = given.get(name)
     if value is None:
-        return default
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}.", param=name)
     return float(value)

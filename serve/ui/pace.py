@@ -16,12 +16,15 @@ from serve.ui.visit import Visit
 from serve.values import Event
 
 INTERVAL_SECONDS = 0.1
+# Gradio notices a closed tab only when its generator yields; and the page, that all is well.
+SIGN_OF_LIFE_SECONDS = 1.0
 
 
 async def watch(
     events: AsyncGenerator[Event], answer: Answer, interval: float = INTERVAL_SECONDS
 ) -> AsyncGenerator[None]:
-    """Fold `events` into `answer`; yields when there is news, the first at once, the last always.
+    """Fold `events` into `answer`; yields when there is news, the first at once, the last always,
+    and once a second when there is none.
 
     Closing this generator early closes `events`, which cancels the work behind it within one step.
     """
@@ -30,7 +33,8 @@ async def watch(
     try:
         is_last = False
         while not is_last:
-            await news.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), SIGN_OF_LIFE_SECONDS)
             news.clear()
             is_last = end.is_set()
             yield
