@@ -9,7 +9,6 @@ HTTP. Used by harmony_grammar.py and dialect_grammar.py; the engine's thread use
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,11 +18,9 @@ from typing import Any
 import llguidance
 
 from serve.engine.face import Grammar, Matcher
-from serve.errors import EngineFailed, InvalidRequest, ServeError
+from serve.errors import EngineFailed, InvalidRequest
 from serve.formats.vocabulary import Vocabulary
 from serve.values import JSONObject
-
-log = logging.getLogger(__name__)
 
 MAX_SCHEMA_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 32
@@ -211,10 +208,11 @@ class _Compiled:
 
 
 class _Matcher:
+    """Raises EngineFailed once the grammar cannot be followed further, which ends its request."""
+
     def __init__(self, inner: llguidance.LLMatcher, words: int) -> None:
         self._inner = inner
         self._words = words
-        self._failure: ServeError | None = None
 
     def fill(self, bitmask: Any, row: int) -> bool:
         target = bitmask[row]
@@ -222,23 +220,17 @@ class _Matcher:
             target[self._words :] = 0
             target = target[: self._words]
         self._inner.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if self._failure is None and self._inner.is_error():
-            self._fail()
+        if self._inner.is_error():
+            raise self._failed()
         return True
 
     def accept(self, token: int) -> None:
-        if not self._inner.consume_token(token) and self._failure is None:
-            self._fail()
+        if not self._inner.consume_token(token):
+            raise self._failed()
 
     def is_finished(self) -> bool:
         return bool(self._inner.is_stopped())
 
-    def failure(self) -> ServeError | None:
-        """Set once the grammar could not be followed further; from then on only an end is
-        allowed."""
-        return self._failure
-
-    def _fail(self) -> None:
-        reason = self._inner.get_error().split("\n<state>")[0]
-        log.warning("A grammar could not be followed: %s", reason)
-        self._failure = EngineFailed("The schema grew too complex while the answer was written.")
+    def _failed(self) -> EngineFailed:
+        reason = " ".join(self._inner.get_error().split("<")[0].split())
+        return EngineFailed(f"The answer could not be held to its grammar further: {reason[:200]}")
