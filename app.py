@@ -167,7 +167,7 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
         context_length=loaded.context_length,
         device=loaded.device,
         config=EngineConfig(
-            kv_cache_gb=settings.kv_cache_gb, int8=settings.quant_type in ("auto", "int8")
+            kv_cache_gb=settings.kv_cache_gb, packs_weights=settings.quant_type in ("auto", "int8")
         ),
     )
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])

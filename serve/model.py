@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from serve.values import Capabilities, ModelCard
+from serve.values import Capabilities, ModelCard, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +52,17 @@ class LoadedModel:
             quantization=self.quantization,
             device=str(self.device),
             parameters=sum(p.numel() for p in self.model.parameters()),
+            defaults=self._defaults(),
         )
+
+    def _defaults(self) -> Sampling:
+        """What the model's generation_config states; 0 for one that wants greedy."""
+        stated = self.model.generation_config
+        known = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(stated, name, None)) is not None
+        }
+        if stated.do_sample is False and "temperature" not in known:
+            known["temperature"] = 0.0
+        return Sampling(**known)

@@ -41,6 +41,7 @@ from serve.values import (
     PassedOver,
     Progress,
     Queued,
+    Sampling,
     Status,
     TextRequest,
     Timing,
@@ -185,7 +186,7 @@ class Service:
             yield Failed(error)
             return
         parsers = [served.format.parser(request, i) for i in range(request.sampling.n)]
-        run = _Run(served.engine, _generation(rendered, request), parsers)
+        run = _Run(served.engine, _generation(rendered, request, served.card.defaults), parsers)
         async with contextlib.aclosing(run.events()) as events:
             async for event in events:
                 yield event
@@ -205,16 +206,19 @@ class Service:
             yield Failed(error)
             return
         parsers = [served.format.text_parser(request, i) for i in range(request.sampling.n)]
-        run = _Run(served.engine, _generation(rendered, request), parsers)
+        run = _Run(served.engine, _generation(rendered, request, served.card.defaults), parsers)
         async with contextlib.aclosing(run.events()) as events:
             async for event in events:
                 yield event
 
 
-def _generation(rendered: Rendered, request: ChatRequest | TextRequest) -> GenerationRequest:
+def _generation(
+    rendered: Rendered, request: ChatRequest | TextRequest, defaults: Sampling
+) -> GenerationRequest:
+    sampling = request.sampling
     return GenerationRequest(
         prompt=rendered.prompt,
-        sampling=request.sampling,
+        sampling=replace(sampling, **{name: getattr(defaults, name) for name in sampling.unset}),
         tenant=request.tenant,
         stop_ids=rendered.stop_ids,
         grammar=rendered.grammar,

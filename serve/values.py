@@ -125,6 +125,7 @@ class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `max_tokens` None is up to the context's
     end.
 
+    `unset` names the fields that the caller left open: the model's own defaults take their place.
     `logprobs` None is off, 0 the chosen token's only, up to 20 alternatives. `seed` None draws
     fresh noise.
     """
@@ -145,6 +146,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    unset: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +308,9 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What may be said of a served model in public. `aliases` are names requests may use for it."""
+    """What may be said of a served model in public. `aliases` are names requests may use for it,
+    `defaults` how its makers want it sampled when a request does not say.
+    """
 
     id: str
     context_length: int
@@ -317,6 +321,7 @@ class ModelCard:
     quantization: str = ""
     device: str = ""
     parameters: int = 0
+    defaults: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True, slots=True)

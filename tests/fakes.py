@@ -14,6 +14,7 @@ from serve.values import (
     FinishReason,
     ModelCard,
     ReasoningDelta,
+    Sampling,
     TextDelta,
     TextRequest,
     TokenLogprob,
@@ -113,10 +114,14 @@ def ids(text: str) -> tuple[int, ...]:
     return tuple(text.encode("latin-1"))
 
 
-def service_with(engine: Engine, model_id: str = "tiny/model") -> Service:
+def service_with(
+    engine: Engine, model_id: str = "tiny/model", defaults: Sampling | None = None
+) -> Service:
     """A ready service over `engine` speaking ByteFormat."""
     service = Service(model_id)
     fmt = ByteFormat()
-    card = ModelCard(model_id, engine.context_length, fmt.capabilities())
+    card = ModelCard(
+        model_id, engine.context_length, fmt.capabilities(), defaults=defaults or Sampling()
+    )
     service.attach(ServedModel(card, fmt, engine))
     return service

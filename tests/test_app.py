@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import OpenAI
+from playwright.sync_api import sync_playwright
 
 from tests.conftest import KEY, ROOT, RunningApp, StartApp, free_port
 
@@ -79,6 +80,23 @@ class TestTheEmbeddedModel:
         finally:
             client.close()
         assert "Paris" in answer
+
+    @pytest.mark.browser
+    def test_it_answers_in_a_browser(self, embedded_app: RunningApp) -> None:
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+        assert chromium, "Chromium is needed for this test: apt-get install chromium"
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-sync"]
+            )
+            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            page.goto(embedded_app.base)
+            box = page.get_by_role("textbox").last
+            # The page's own default draws; asked so, even a small model leaves no doubt.
+            box.fill("Answer with one word only. What is the capital of France?")
+            box.press("Enter")
+            page.get_by_text("Paris").first.wait_for(timeout=60_000)
+            browser.close()
 
     def test_a_seed_gives_the_same_words_whatever_else_runs(self, embedded_app: RunningApp) -> None:
         body = {**BODY, "temperature": 1.0, "seed": 7, "max_tokens": 24}

@@ -250,3 +250,11 @@ def test_a_detached_model_ends_what_runs_and_takes_no_more() -> None:
     before, after = asyncio.run(detach_in_the_middle())
     assert said(before) == "ab" and isinstance(before[-1], Finished)
     assert isinstance(after[0], Failed) and isinstance(after[0].error, ModelLoading)
+
+
+def test_what_the_caller_left_open_is_sampled_as_the_models_makers_say() -> None:
+    engine = ScriptedEngine([END], eos_ids={END})
+    service = service_with(engine, defaults=Sampling(temperature=0.2, top_p=0.9, top_k=40))
+    events_of(service, ask(top_p=0.5, unset=("temperature", "top_k")))
+    drawn = engine.submitted[0].sampling
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.2, 0.5, 40)

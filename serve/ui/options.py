@@ -27,17 +27,16 @@ class Options:
     model: str = "default"
 
     def request(self, messages: Sequence[Message]) -> ChatRequest:
-        said = {
-            name: value
-            for name, value in (("temperature", self.temperature), ("top_p", self.top_p))
-            if value is not None
-        }
-        left_open = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        left_open = {"temperature": self.temperature, "top_p": self.top_p}
         sampling = Sampling(
-            **said,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
             max_tokens=self.max_tokens,
             seed=self.seed,
-            unset=tuple(name for name in left_open if name not in said),
+            unset=(
+                *(name for name, value in left_open.items() if value is None),
+                *("top_k", "min_p", "repetition_penalty"),
+            ),
         )
         return ChatRequest(
             messages, sampling, model=self.model or "default", reasoning_effort=self.effort

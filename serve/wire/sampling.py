@@ -16,6 +16,7 @@ from serve.wire.body import Body, shown
 
 MOST_TOKENS = 10_000_000
 _SMALLEST_TOP_P = 1e-9
+_MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_sampling(
@@ -46,6 +47,7 @@ def read_sampling(
         ignore_eos=body.flag("ignore_eos") or False,
         logprobs=logprobs,
         n=n,
+        unset=tuple(name for name in _MODELS_OWN if body.get(name) is None),
     )
 
 
