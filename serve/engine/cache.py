@@ -218,7 +218,8 @@ class KVCache:
             columns = self._shared_columns(i, hits)
             shared = [pool.known(sequence.hashes[c]) for c in columns]
             reused = sum(1 for block in shared if block is not None and pool.is_unused(block))
-            need = self.blocks_needed(i, len(sequence.ids) + 1, chunk) - len(columns)
+            fresh = min(chunk, len(sequence.ids) - hits * self.block_size)
+            need = self.blocks_needed(i, len(sequence.ids) + 1, fresh) - len(columns)
             promised = sum(self._outstanding(i, other, chunk) + 1 for other in running)
             if need + promised > pool.available - reused:
                 return False
@@ -226,7 +227,7 @@ class KVCache:
 
     def _outstanding(self, group: int, sequence: Sequence, chunk: int) -> int:
         table = sequence.tables[group]
-        needed = self.blocks_needed(group, len(sequence.ids), chunk)
+        needed = self.blocks_needed(group, len(sequence.ids), min(chunk, sequence.uncomputed))
         return max(0, needed - (table.count - table.first))
 
     @property

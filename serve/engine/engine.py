@@ -111,6 +111,7 @@ class PagedEngine:
             tokens_per_second=self._rate.value(time.monotonic()),
             last_step_age_seconds=time.monotonic() - began if began else 0.0,
             is_alive=self._thread.is_alive() and not self._is_stopped,
+            preemptions=self._scheduler.preemptions,
         )
 
     def close(self, drain_seconds: float = 0.0) -> None:

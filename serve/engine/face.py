@@ -143,6 +143,7 @@ class EngineStats:
     tokens_per_second: float = 0.0
     last_step_age_seconds: float = 0.0
     is_alive: bool = True
+    preemptions: int = 0
 
 
 class Engine(Protocol):
