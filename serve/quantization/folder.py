@@ -200,20 +200,6 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def load_processor(folder: Path) -> Any | None:
-    """What turns pictures into tensors, or None when the folder has none that can be loaded."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        log.warning("The model could see, but its image processor fails: %s", _first_line(error))
-        return None
-    return processor if hasattr(processor, "image_processor") else None
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 

@@ -108,8 +108,16 @@ def _without_video(kind: Any) -> Any:
         "get_attributes": classmethod(kept),
         "video_processor": _NoVideo(),
     }
+
+    def laid_out(self: Any, images: Any = None, text: Any = None, **more: Any) -> tuple[Any, ...]:
+        return (*kind.prepare_inputs_layout(self, images=images, text=text)[:2], None, None)
+
     if kind.__name__ in _OWN_CALL:
-        changed["__call__"] = ProcessorMixin.__call__
+        changed |= {
+            "__call__": ProcessorMixin.__call__,
+            "prepare_inputs_layout": laid_out,
+            "unused_input_names": ["rows", "cols"],
+        }
     return type(kind.__name__, (kind,), changed)
 
 
