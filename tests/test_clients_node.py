@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -33,6 +34,33 @@ pytestmark = [
 MODEL = "openai/gpt-oss-20b"
 SDK = ("openai@7.57.0", "zod@4.1.12")
 CODEX = ("@openai/codex@0.169.0",)
+AGENTS = ("@openai/agents@0.20.0", *SDK)
+
+
+def object_of(**properties: object) -> dict[str, object]:
+    return {"type": "object", "properties": properties, "required": list(properties),
+            "additionalProperties": False}  # fmt: skip
+
+
+# Tools of growing shape, as the public compatibility test for gpt-oss servers has them: no
+# arguments, one, several, an enumeration, a nested object, an array, text that needs escapes.
+CASES: list[dict[str, object]] = [
+    {"tool": "system_health", "parameters": object_of(), "arguments": {}},
+    {"tool": "detect_language", "parameters": object_of(text={"type": "string"}),
+     "arguments": {"text": "Où est la gare ? 駅はどこ"}},
+    {"tool": "convert_currency", "parameters": object_of(
+        amount={"type": "number"}, source={"type": "string"}, target={"type": "string"}),
+     "arguments": {"amount": 12.5, "source": "EUR", "target": "JPY"}},
+    {"tool": "make_chart", "parameters": object_of(
+        kind={"type": "string", "enum": ["bar", "line"]},
+        values={"type": "array", "items": {"type": "number"}}),
+     "arguments": {"kind": "line", "values": [1, 2.5, -3]}},
+    {"tool": "search_orders", "parameters": object_of(
+        filter=object_of(city={"type": "string"}, open={"type": "boolean"})),
+     "arguments": {"filter": {"city": "Zürich", "open": True}}},
+    {"tool": "to_html", "parameters": object_of(markdown={"type": "string"}),
+     "arguments": {"markdown": '# "Title"\n\\ <b> & {json: [1]}\t\U0001f600'}},
+]  # fmt: skip
 
 
 def installed(*packages: str) -> Path:
@@ -61,6 +89,12 @@ def script(request: GenerationRequest) -> list[int]:
         return ids(f"{FINAL}It is sunny in Paris.<|return|>")
     if "result-42" in turn:
         return ids(f"{ANALYSIS}Done.{NEXT}{FINAL}The command printed result-42.<|return|>")
+    for case in CASES:
+        if f"please call {case['tool']}" in turn:
+            if f"result of {case['tool']}" in turn:
+                return ids(f"{ANALYSIS}Good.{NEXT}{FINAL}Done with {case['tool']}.<|return|>")
+            written = json.dumps(case["arguments"], ensure_ascii=False)
+            return ids(call(str(case["tool"]), written))
     if "json" in turn:
         return ids(f'{FINAL}{{"city":"Paris"}}<|return|>')
     if "use the shell" in turn:
@@ -101,6 +135,59 @@ def test_the_node_sdk_chats_streams_calls_tools_parses_and_responds(served: Serv
     assert found["events"][-1] == "response.completed"
     assert found["error"] == [404, "model_not_found", "NotFoundError"]
     assert found["models"] == [MODEL]
+
+
+def test_the_agents_sdk_gets_what_the_compatibility_test_for_gpt_oss_asks(
+    served: Served, tmp_path: Path
+) -> None:
+    """Both dialects, streamed and whole: the tool is called with the right arguments, reasoning is
+    where clients look for it, and the loop ends with the final answer."""
+    folder = installed(*AGENTS)
+    shutil.copy(Path(__file__).parent / "node" / "agents.mjs", folder / "agents.mjs")
+    cases = [
+        {**case, "input": f"please call {case['tool']}", "result": f"result of {case['tool']}"}
+        for case in CASES
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        ["node", "agents.mjs", f"{served.base}/v1", OWNER, str(tmp_path / "cases.json")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(runs) == 4 * len(CASES)
+    wanted = {str(case["tool"]): case["arguments"] for case in CASES}
+    for run in runs:
+        assert [name for name, _ in run["calls"]] == [run["tool"]], run
+        assert json.loads(run["calls"][0][1]) == wanted[run["tool"]]
+        assert run["final"] == f"Done with {run['tool']}."
+        (check_chat if run["dialect"] == "chat" else check_responses)(run)
+
+
+def check_chat(run: dict[str, Any]) -> None:
+    if run["stream"]:
+        deltas = [event["choices"][0]["delta"] for event in run["events"] if event["choices"]]
+        assert any(delta.get("reasoning") for delta in deltas)
+        return
+    messages = [answer["choices"][0]["message"] for answer in run["raw"]]
+    assert any(message.get("reasoning") for message in messages)
+    assert any(message.get("reasoning_content") for message in messages)
+
+
+def check_responses(run: dict[str, Any]) -> None:
+    ended = [e["response"] for e in run["events"] if e["type"] == "response.completed"]
+    first = (ended or run["raw"])[0]
+    thoughts = [item for item in first["output"] if item["type"] == "reasoning"]
+    assert thoughts
+    for thought in thoughts:
+        assert thought["content"]
+        assert all(part["type"] == "reasoning_text" and part["text"] for part in thought["content"])
+    if run["stream"]:
+        kinds = {event["type"] for event in run["events"]}
+        assert {"response.reasoning_text.delta", "response.reasoning_text.done"} <= kinds
 
 
 @pytest.mark.parametrize("reads_our_list", [False, True])
