@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -118,6 +120,58 @@ def test_old_calls_never_fail_a_new_turn_whatever_their_arguments(arguments: str
         Message("tool", (TextPart("ok"),), tool_call_id="call_1"),
     )
     assert "<look" in told and arguments.strip("{}") in told.replace("a=1", '"a": 1')
+
+
+PARTICULAR = {
+    "ids of nine characters": (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"
+        "{{ raise_exception('Tool call IDs should be of length 9') }}{% endif %}"
+        "<{{ c.id }}:{{ c.function.name }}>{% endfor %}"
+        "{% if m.role == 'tool' %}({{ m.tool_call_id }}={{ m.content }}){% endif %}{% endfor %}"
+    ),
+    "arguments as text": (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{{ '<' + c.function.name + c.function.arguments + '>' }}{% endfor %}"
+        "{% if m.role == 'tool' %}({{ m.content }}){% endif %}{% endfor %}"
+    ),
+    "one call a turn": (
+        "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
+        "{{ raise_exception('only single tool-calls') }}{% endif %}"
+        "<{{ m.tool_calls[0].function.name }}>{% elif m.role == 'tool' %}({{ m.content }})"
+        "{% endif %}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_old_calls_are_written_in_the_manner_that_a_particular_template_takes(name: str) -> None:
+    calls = (ToolCallPart("call_abcdef", "look", '{"a": 1}'), ToolCallPart("call_2", "see", "{"))
+    told = rendered(
+        PARTICULAR[name],
+        say("user", "x"),
+        Message("assistant", calls),
+        Message("tool", (TextPart("one"),), tool_call_id="call_abcdef"),
+        Message("tool", (TextPart("two"),), tool_call_id="call_2"),
+    )
+    assert "look" in told and "see" in told and "one" in told and "two" in told
+    if name == "one call a turn":
+        assert told == "<look>(one)<see>(two)"
+    if name == "ids of nine characters":
+        ids = re.findall(r"<(\w{9}):", told)
+        assert len(set(ids)) == 2 and re.findall(r"\((\w{9})=", told) == ids
+
+
+def test_the_first_reason_is_told_when_no_manner_helps() -> None:
+    template = "{% for m in messages %}{{ raise_exception('never ' ~ loop.index) }}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="never 1"):
+        rendered(template, say("user", "x"), Message("assistant", (ToolCallPart("c", "f", ""),)))
+
+
+def test_a_syntax_of_calls_that_is_not_known_is_refused_not_guessed() -> None:
+    template = "{% if tools %}Call with <weird>name(arguments)</weird>{% endif %}" + CHATML
+    with pytest.raises(Unsupported) as refused:
+        rendered(template, say("user", "x"), tools=(Tool("look"),))
+    assert refused.value.param == "tools"
 
 
 def test_a_model_without_tools_says_so_instead_of_dropping_them() -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2.meta
 from jinja2.exceptions import TemplateError
 
 from serve.errors import InvalidRequest, Unsupported
@@ -31,6 +32,7 @@ class Template:
         self._vocabulary = vocabulary
         self._tokenizer = vocabulary.tokenizer
         self.source = _source(self._tokenizer.chat_template)
+        self._variables = _variables(self.source)
         self.habits = self._probe() if self.source else Habits()
 
     def ids(
@@ -122,8 +124,12 @@ class Template:
         )
         raise Unsupported(told, param=field)
 
+    @property
+    def takes_tools(self) -> bool:
+        return self._reads("tools")
+
     def _reads(self, variable: str) -> bool:
-        return re.search(rf"\b{variable}\b", self.source) is not None
+        return variable in self._variables
 
     def _shows(self, conversation: Sequence[Turn]) -> bool:
         try:
@@ -139,6 +145,16 @@ class Template:
             developer="developer" in self.source,
             parts=parts,
         )
+
+
+def _variables(source: str) -> frozenset[str]:
+    """The names that a template expects from outside."""
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", source)  # transformers' own tag
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(plain)))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
 
 
 def _source(template: Any) -> str:

@@ -47,6 +47,15 @@ HERMES = CallSyntax(
 QWEN_XML = CallSyntax(
     "qwen-xml", "<tool_call>", "\n<function=", ">\n", "</function>\n", "</tool_call>", "xml"
 )
+SEED_XML = CallSyntax(
+    "seed-xml",
+    "<seed:tool_call>",
+    "\n<function=",
+    ">\n",
+    "</function>\n",
+    "</seed:tool_call>",
+    "xml",
+)
 MISTRAL = CallSyntax("mistral", "[TOOL_CALLS]", '[{"name": "', '", "arguments": ', "}]")
 MISTRAL_ARGS = CallSyntax("mistral-args", "[TOOL_CALLS]", "", "[ARGS]", "")
 LLAMA = CallSyntax("llama", "", '{"name": "', '", "parameters": ', "}", kind="bare")
@@ -54,13 +63,19 @@ PLAIN = CallSyntax("json", "", '{"name": "', '", "arguments": ', "}", kind="bare
 
 # Asked in order; the first that fits a template which writes tools is the model's.
 _SIGNS: tuple[tuple[CallSyntax, Callable[[str], bool]], ...] = (
+    (SEED_XML, lambda text: "<seed:tool_call>" in text and "<function=" in text),
     (QWEN_XML, lambda text: "<tool_call>" in text and "<function=" in text),
-    (HERMES, lambda text: "<tool_call>" in text and "<arg_key>" not in text),
+    (HERMES, lambda text: "<tool_call>" in text and _shows_object(text, "arguments")),
     (MISTRAL_ARGS, lambda text: "[TOOL_CALLS]" in text and "[ARGS]" in text),
     (MISTRAL, lambda text: "[TOOL_CALLS]" in text),
-    (LLAMA, lambda text: "<|python_tag|>" in text or '"parameters": ' in text),
-    (PLAIN, lambda text: "arguments" in text),
+    (LLAMA, lambda text: _shows_object(text, "parameters")),
+    (PLAIN, lambda text: _shows_object(text, "arguments")),
 )
+
+
+def _shows_object(template: str, key: str) -> bool:
+    """Whether a template writes, or shows the model, {"name": …, "<key>": …}."""
+    return re.search(rf'\{{\\?"name\\?":.{{0,200}}?\\?"{key}\\?":', template, re.DOTALL) is not None
 
 
 def reasoning_of(template: str) -> Reasoning | None:
@@ -69,7 +84,5 @@ def reasoning_of(template: str) -> Reasoning | None:
 
 
 def calls_of(template: str) -> CallSyntax | None:
-    """The syntax of a template that writes tools; None: it has none, or one not known here."""
-    if not re.search(r"\btools\b", template):
-        return None
+    """The syntax of a template that writes tools; None: not one that is known here."""
     return next((syntax for syntax, fits in _SIGNS if fits(template)), None)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from serve.engine.face import Prompt
-from serve.errors import Unsupported
+from serve.errors import InvalidRequest, Unsupported
 from serve.formats.base import Rendered, StreamParser
 from serve.formats.calls import CallWriter
 from serve.formats.chat_template import REFUSALS, Template, refused
@@ -27,7 +27,7 @@ from serve.formats.grammar import GrammarCompiler
 from serve.formats.images import Sight
 from serve.formats.tag_parse import Mode, TagParser
 from serve.formats.text import ContentWriter, TextParser
-from serve.formats.turns import tool_turns, turns
+from serve.formats.turns import MANNERS, tool_turns, turns
 from serve.formats.vocabulary import Vocabulary
 from serve.values import Capabilities, ChatRequest, Message, TextPart, TextRequest, Tool
 
@@ -47,7 +47,7 @@ class TemplateFormat:
         self._sight = sight
         self._habits = replace(self._template.habits, images=sight is not None)
         self._reasoning = reasoning_of(self._template.source)
-        self._syntax = calls_of(self._template.source)
+        self._syntax = calls_of(self._template.source) if self._template.takes_tools else None
         self._grammars = GrammarCompiler(vocabulary, eos_ids)
         self._openings: dict[str, Mode] = {}
 
@@ -122,8 +122,8 @@ class TemplateFormat:
         check_demands(request, sees=self._sight is not None)
         if self._syntax is None and tools_shown(request):
             raise Unsupported(
-                "This model's chat template has no tools: leave tools out, set tool_choice to "
-                '"none", or load a model trained to call tools.',
+                "This model's chat template has no tools, or a way of calling them that is not "
+                'known here: leave tools out, set tool_choice to "none", or load another model.',
                 param="tools",
             )
 
@@ -152,23 +152,24 @@ class TemplateFormat:
     def _prompt(
         self, request: ChatRequest, tools: Sequence[Tool], options: Mapping[str, Any]
     ) -> Prompt:
-        """Old tool calls whose arguments are no JSON break some templates; history is data, so
-        those are tried wrapped before the request is refused with the template's own reason."""
+        """Templates are particular about old tool calls; history is data, so every manner of
+        writing it is tried before the request is refused with the template's own reason."""
         messages = [*_answer_format(request), *request.messages]
         declared = tool_turns(tools)
         continues = request.continue_final_message
         sight = self._sight if any(message.images for message in messages) else None
         has_calls = any(message.tool_calls for message in messages)
-        for wraps in (False, True) if has_calls else (False,):
-            written = turns(messages, self._habits, wrap_arguments=wraps)
+        refusals: list[InvalidRequest] = []
+        for manner in MANNERS if has_calls else MANNERS[:1]:
+            written = turns(messages, self._habits, manner)
             try:
                 if sight is not None:
                     return sight.prompt(written, messages, declared, options, continues=continues)
                 ids = self._template.ids(written, declared, options, continues=continues)
                 return Prompt(tuple(ids))
             except REFUSALS as reason:
-                refusal = refused(reason)
-        raise refusal
+                refusals.append(refused(reason))
+        raise refusals[0]
 
 
 def _answer_format(request: ChatRequest) -> list[Message]:
