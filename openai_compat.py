@@ -165,10 +165,15 @@ class Api:
         )
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse(about.models_json(self._service.models()))
+        offered = self._service.status().offered
+        return JSONResponse(about.models_json(self._service.models(), offered))
 
     async def model(self, request: Request) -> Response:
-        return JSONResponse(about.model_json(self._service.model(request.path_params["name"])))
+        name = request.path_params["name"]
+        served = [card.id for card in self._service.models()]
+        if name in self._service.status().offered and name not in served:
+            return JSONResponse(about.offered_json(name))
+        return JSONResponse(about.model_json(self._service.model(name)))
 
     async def ui_key(self, request: Request) -> Response:
         """The key that this visitor's page may show; for the page's own scripts only."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from serve.values import (
     ChatRequest,
+    ChoiceFinished,
     Event,
     Message,
     ReasoningDelta,
@@ -88,7 +89,7 @@ class ThoughtMemory:
 
 
 class ThoughtRecorder:
-    """Watches one answer; at its end the thoughts of each choice are kept under its calls."""
+    """Watches one answer; as a choice ends, its thoughts are kept under its calls."""
 
     def __init__(self, memory: ThoughtMemory, tenant: str) -> None:
         self._memory = memory
@@ -101,10 +102,14 @@ class ThoughtRecorder:
             self._thoughts.setdefault(event.choice, []).append(event.text)
         elif isinstance(event, ToolCallStarted):
             self._calls.append((event.id, event.choice))
+        elif isinstance(event, ChoiceFinished):
+            self._keep(event.choice)
 
     def close(self) -> None:
+        """A choice that did not end is not kept: its client has no ids to ask by."""
+
+    def _keep(self, finished: int) -> None:
+        thought = "".join(self._thoughts.get(finished, ()))
         for call_id, choice in self._calls:
-            thought = "".join(self._thoughts.get(choice, ()))
-            if thought:
+            if choice == finished and thought:
                 self._memory.keep(self._tenant, call_id, thought)
-        self._calls.clear()

@@ -8,6 +8,7 @@ from serve import memory
 from serve.memory import ThoughtMemory
 from serve.values import (
     ChatRequest,
+    ChoiceFinished,
     Message,
     ReasoningDelta,
     ReasoningPart,
@@ -37,6 +38,7 @@ def told(kept: ThoughtMemory, *calls: str, choice: int = 0) -> None:
     recorder.see(ReasoningDelta("look.", choice))
     for call in calls:
         recorder.see(ToolCallStarted(0, call, "look", choice))
+    recorder.see(ChoiceFinished("tool_calls", choice))
     recorder.close()
 
 
@@ -71,7 +73,8 @@ def test_any_of_several_calls_finds_it_and_choices_keep_their_own() -> None:
     recorder.see(ReasoningDelta("zero", 0))
     recorder.see(ReasoningDelta("one", 1))
     recorder.see(ToolCallStarted(0, "c", "look", 1))
-    recorder.close()
+    recorder.see(ChoiceFinished("stop", 0))
+    recorder.see(ChoiceFinished("tool_calls", 1))
     assert kept.recall("t", "c") == "one"
 
 

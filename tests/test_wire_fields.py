@@ -20,6 +20,7 @@ from serve.wire.fields import Field
 from serve.wire.fields_chat import CHAT
 from serve.wire.fields_completions import COMPLETIONS
 from serve.wire.fields_responses import RESPONSES
+from serve.wire.tables import rewritten
 
 WIRE = Path(fields.__file__).parent
 USER = {"messages": [{"role": "user", "content": "hi"}]}
@@ -145,3 +146,11 @@ def test_no_reader_reads_a_field_that_no_table_names() -> None:
                 and isinstance(node.args[0], ast.Constant)
             ):
                 assert node.args[0].value in rows, (module, node.args[0].value)
+
+
+def test_docs_api_md_says_what_the_code_checks() -> None:
+    page = (WIRE.parent.parent / "docs" / "api.md").read_text()
+    assert rewritten(page) == page, "run: python -m serve.wire.tables docs/api.md"
+    for table, _ in TABLES:
+        for row in table:
+            assert f"| `{row.name}` | {row.standing}" in page

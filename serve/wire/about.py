@@ -41,13 +41,28 @@ def model_json(card: ModelCard) -> dict[str, Any]:
         "aliases": list(dict.fromkeys(("default", *card.aliases))),
         "capabilities": asdict(card.capabilities),
         "quantization": card.quantization,
+        "is_loaded": True,
     }
 
 
-def models_json(cards: Sequence[ModelCard]) -> dict[str, Any]:
+def offered_json(model_id: str) -> dict[str, Any]:
+    """A model that fits this machine and is not loaded now; asking for it may switch to it."""
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": 0,
+        "owned_by": model_id.partition("/")[0] if "/" in model_id else "local",
+        "is_loaded": False,
+    }
+
+
+def models_json(cards: Sequence[ModelCard], offered: Sequence[str] = ()) -> dict[str, Any]:
+    served = [model_json(card) for card in cards]
+    names = {card.id for card in cards}
+    others = [offered_json(name) for name in offered if name not in names]
     return {
         "object": "list",
-        "data": [model_json(card) for card in cards],
+        "data": [*served, *others],
         "models": [_codex_json(card) for card in cards],
     }
 

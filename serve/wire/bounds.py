@@ -1,6 +1,6 @@
 """How much one request may ask for: one table, each row with the 400 it gives.
 
-Read by the dialects; README's table of limits is made from `LIMITS`.
+Read by the dialects; docs/api.md's table is made from `LIMITS`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ STOP_CHARS = Limit("characters in a stop string", 256)
 BIASES = Limit("entries in logit_bias", 1024)
 TOP_LOGPROBS = Limit("top_logprobs", 20)
 PROMPTS = Limit("prompts", 32)
+SEQUENCES = Limit("choices of all prompts together", 64)
 METADATA = Limit("keys of metadata", 16)
 
 LIMITS: tuple[Limit, ...] = (
@@ -62,6 +63,7 @@ LIMITS: tuple[Limit, ...] = (
     BIASES,
     TOP_LOGPROBS,
     PROMPTS,
+    SEQUENCES,
     METADATA,
 )
 

@@ -63,6 +63,7 @@ def read(body: Body, tenant: str = "", request_id: str = "") -> CompletionsCall:
     sampling = read_sampling(
         body, max_tokens=max_tokens, logprobs=read_top_logprobs(body, "logprobs"), n=read_n(body)
     )
+    bounds.SEQUENCES.check(len(prompts) * sampling.n, "prompt")
     echoes = _read_echoes(body, prompts)
     model = body.text("model", 256) or "default"
     requests = tuple(TextRequest(prompt, sampling, model, tenant, request_id) for prompt in prompts)

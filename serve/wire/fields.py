@@ -1,8 +1,8 @@
 """Every request field of the three dialects, in one table: honoured, harmless, or refused.
 
 The tables are in fields_chat.py, fields_responses.py and fields_completions.py; here is what a
-row means, the check that every request passes, and the OpenAPI schema. README's tables are made
-from them by tables.py.
+row means, the check that every request passes, and the OpenAPI schema. docs/api.md's tables
+are made from them by tables.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Standing = Literal["honoured", "harmless", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """`says` is README's text; for a refused field, also what its error advises. A refused field
-    may be null or one of `neutral`, which ask for nothing. `is_extra`: not OpenAI's own."""
+    """`says` is docs/api.md's text; for a refused field, also what its error advises.
+
+    A refused field may be null or one of `neutral`, which ask for nothing. `is_extra`: not
+    OpenAI's own.
+    """
 
     name: str
     standing: Standing

@@ -17,7 +17,7 @@ COMPLETIONS: tuple[Field, ...] = (
     Field("logprobs", "honoured", "0 to 20 alternatives", whole(0, bounds.TOP_LOGPROBS.most)),
     Field("echo", "honoured", "a text prompt, without logprobs", FLAG),
     *SAMPLING,
-    Field("user", "harmless", "recorded, no effect", TEXT),
+    Field("user", "harmless", "accepted, no effect", TEXT),
     Field("best_of", "refused", "use n and choose", whole(1, 1), (1,)),
     Field("suffix", "refused", "no served model fills in the middle", TEXT, ("",)),
     *EXTRAS,

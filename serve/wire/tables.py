@@ -1,9 +1,13 @@
-"""README's tables of request fields and limits, made from what the code checks.
+"""docs/api.md's tables of request fields and limits, made from what the code checks.
 
-`python -m serve.wire.tables` prints them; a test holds README to it.
+`python -m serve.wire.tables docs/api.md` rewrites them; a test holds the file to them.
 """
 
 from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
 
 from serve.wire.bounds import BODY_BYTES, LIMITS
 from serve.wire.fields_chat import CHAT
@@ -36,6 +40,14 @@ def limits_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
+def rewritten(page: str) -> str:
+    """`page` with its two generated parts as they are now."""
+    for name, made in (("limits", limits_markdown()), ("fields", fields_markdown())):
+        part = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
+        page = part.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", page)  # type: ignore[misc]
+    return page
+
+
 if __name__ == "__main__":
-    print(fields_markdown())
-    print(limits_markdown())
+    target = Path(sys.argv[1])
+    target.write_text(rewritten(target.read_text()))
