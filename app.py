@@ -158,10 +158,12 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
     """Engine and format around a loaded model."""
     from serve.engine.config import EngineConfig
     from serve.engine.engine import create_engine
+    from serve.engine.seeing import create_seeing_engine
     from serve.formats.choose import choose
     from serve.service import ServedModel
 
-    engine = create_engine(
+    create = create_engine if loaded.processor is None else create_seeing_engine
+    engine = create(
         loaded.model,
         eos_ids=loaded.eos_ids,
         context_length=loaded.context_length,
@@ -171,7 +173,9 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
         ),
     )
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    spoken = choose(loaded.tokenizer, loaded.model_type, loaded.eos_ids, vocabulary)
+    spoken = choose(
+        loaded.tokenizer, loaded.model_type, loaded.eos_ids, vocabulary, loaded.processor
+    )
     return ServedModel(loaded.card(spoken.capabilities()), spoken, engine)
 
 

@@ -1,8 +1,8 @@
 """Trains the vision chat model that the tests talk to (tests/models/tiny_vlm) from nothing.
 
 A stock Llava of about 5 million weights: it names the colour and shape in a picture, reads numbers
-of one or two digits (three with mistakes), and answers a few plain questions. Its pictures and talk are made up by
-tests/tiny_pictures.py and tests/tiny_talk.py. A few minutes on one GPU:
+of one or two digits (three with mistakes), and answers a few plain questions. Its pictures and talk
+are made up by tests/tiny_pictures.py and tests/tiny_talk.py. A few minutes on one GPU:
 
     python scripts/make_tiny_vlm.py train OUT [--pictures N] [--steps N] [--seconds S]
     python scripts/make_tiny_vlm.py finish OUT    writes tests/models/tiny_vlm with a processor

@@ -107,6 +107,8 @@ def _without_video(kind: Any) -> Any:
     changed: dict[str, Any] = {
         "get_attributes": classmethod(kept),
         "video_processor": _NoVideo(),
+        # It looks for truncation, which is never asked for, and counts what users write.
+        "_check_special_mm_tokens": lambda self, *_args, **_named: None,
     }
 
     def laid_out(self: Any, images: Any = None, text: Any = None, **more: Any) -> tuple[Any, ...]:
