@@ -46,9 +46,7 @@ async def together(streams: Sequence[AsyncGenerator[Event]], n: int) -> AsyncGen
     finally:
         for pump in pumps:
             pump.cancel()
-        for pump in pumps:
-            with contextlib.suppress(asyncio.CancelledError):
-                await pump
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 class _Joint:
