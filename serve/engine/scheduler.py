@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from serve.engine.cache import KVCache
 from serve.engine.sequence import Request, Sequence, Status
 
+_PROMPTS_AT_ONCE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -175,10 +177,12 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        """Let in who fits beside what the running ones will still take, and one block each to
-        grow."""
-        budget = self.prefill_chunk - sum(s.uncomputed for s in self.running if s.uncomputed > 1)
-        while len(self.running) < self.max_running and budget > 0:
+        """Let in who fits beside what the running ones will still take. Prompts beyond this step's
+        budget wait, but for a few: a short one must not wait for a long one to be computed."""
+        prompts = [s for s in self.running if s.uncomputed > 1]
+        budget = self.prefill_chunk - sum(s.uncomputed for s in prompts)
+        count = len(prompts)
+        while len(self.running) < self.max_running and (budget > 0 or count < _PROMPTS_AT_ONCE):
             sequence = self.returning[0] if self.returning else self.waiting.first()
             if sequence is None or not self.cache.can_admit(
                 sequence, self.prefill_chunk, self.running
@@ -190,6 +194,7 @@ class Scheduler:
                 self.waiting.pop()
             self._enter(sequence)
             budget -= sequence.uncomputed
+            count += 1
 
     def _enter(self, sequence: Sequence) -> None:
         shared = self.cache.admit(sequence)

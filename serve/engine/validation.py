@@ -75,13 +75,19 @@ def check_sampling(sampling: Sampling, vocabulary: int) -> None:
 
 
 def _check_number(name: str, value: object, low: float, high: float, includes_low: bool) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(_clipped(value)):
         raise InvalidRequest(f"{name} must be a finite number.", param=name)
-    assert isinstance(value, int | float)
     if not low <= value <= high or (value == low and not includes_low):
         edge = "from" if includes_low else "above"
         raise InvalidRequest(f"{name} must be {edge} {low:g} to {high:g}.", param=name)
+
+
+def _clipped(value: int | float) -> float:
+    """As a float; a whole number too large for one stays out of every range as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:
@@ -95,5 +101,5 @@ def _check_ids(ids: Iterable[object], vocabulary: int, param: str) -> None:
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
             raise InvalidRequest(
-                f"Token ids must be whole numbers from 0 to {vocabulary - 1}.", param=param
+                f"{param}: token ids must be whole numbers from 0 to {vocabulary - 1}.", param=param
             )
