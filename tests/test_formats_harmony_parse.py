@@ -331,7 +331,7 @@ def test_names_are_cut_clean_and_matched_to_the_declared_tools(written: str, nam
 # -- any ids at all --------------------------------------------------------------------------------
 
 HEADER_WORDS = ("analysis", "commentary", "final", "assistant", " to=functions.get_weather", "json")
-SAID = ("apple", " pear", "plum", " {", '"k"', "\n", "👩‍👩‍👧", " fig")
+SAID = ("apple", " pear", "plum", " {", '"k"', "\n", "👩‍👩‍👧", " fig", '.",', "_x", "é")
 
 
 @cache

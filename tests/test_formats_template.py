@@ -14,6 +14,7 @@ from serve.values import (
     ChatRequest,
     ImagePart,
     Message,
+    ReasoningPart,
     Role,
     Sampling,
     TextDelta,
@@ -159,6 +160,24 @@ def test_old_calls_are_written_in_the_manner_that_a_particular_template_takes(na
     if name == "ids of nine characters":
         ids = re.findall(r"<(\w{9}):", told)
         assert len(set(ids)) == 2 and re.findall(r"\((\w{9})=", told) == ids
+
+
+def test_an_assistant_turn_that_came_in_pieces_is_one_turn_again() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}{{ m.reasoning_content or '' }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% endfor %}]{% endfor %}"
+    )
+    told = rendered(
+        template,
+        say("user", "x"),
+        Message("assistant", (ReasoningPart("Hm."),)),
+        Message("assistant", (ToolCallPart("a", "look", "{}"),)),
+        Message("assistant", (ToolCallPart("b", "see", "{}"),)),
+        Message("tool", (TextPart("1"),), tool_call_id="a"),
+        say("assistant", "one"),
+        say("assistant", "two"),
+    )
+    assert told == "[userx][assistantHm.<look><see>][tool1][assistantone][assistanttwo]"
 
 
 def test_the_first_reason_is_told_when_no_manner_helps() -> None:

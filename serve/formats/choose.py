@@ -9,7 +9,7 @@ from typing import Any
 
 from serve.formats.base import ChatFormat
 from serve.formats.harmony import HarmonyFormat
-from serve.formats.harmony_render import marks_of
+from serve.formats.harmony_render import MARKERS, marks_of
 from serve.formats.images import Sight, shows_pictures
 from serve.formats.template import TemplateFormat
 from serve.formats.vocabulary import Vocabulary
@@ -29,7 +29,9 @@ def choose(
         sight = Sight(processor)
         tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     vocabulary = Vocabulary(tokenizer, vocabulary_size)
-    marks = marks_of(vocabulary)
-    if marks is not None:
+    if marks_of(vocabulary) is not None:
+        vocabulary = Vocabulary(tokenizer, vocabulary_size, control=MARKERS)
+        marks = marks_of(vocabulary)
+        assert marks is not None
         return HarmonyFormat(vocabulary, marks, eos_ids)
     return TemplateFormat(vocabulary, eos_ids, sight)

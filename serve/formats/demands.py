@@ -34,9 +34,10 @@ def check_demands(request: ChatRequest, *, sees: bool = False) -> None:
             "This model reads text only: leave the images out, or ask a model that sees.",
             param=pictures[0].where or "messages",
         )
-    if request.continue_final_message and request.messages[-1].role != "assistant":
+    last = request.messages[-1]
+    if request.continue_final_message and (last.role != "assistant" or last.tool_calls):
         raise InvalidRequest(
-            "To continue a message, the last one must be the assistant's.",
+            "To continue a message, the last one must be the assistant's and call no tool.",
             param="continue_final_message",
         )
     _check_tool_choice(request)

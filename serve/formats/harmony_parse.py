@@ -195,8 +195,8 @@ class HarmonyParser:
         has_mark = segment[0] in self._headers
         pattern = _ANY_WORDS if has_mark else _OWN_WORDS
         at = 0
-        while (word := pattern.match(text, at)) is not None and word.end() in edges:
-            at = word.end()
+        while (end := _word_end(pattern, text, at, edges)) is not None:
+            at = end
         rest = text[at:]
         if is_cut and self._is_word_begun(segment[0], text, rest.strip()):
             rest = ""
@@ -239,3 +239,12 @@ class HarmonyParser:
         self._kind = None
         self._header = []
         return events
+
+
+def _word_end(pattern: re.Pattern[str], text: str, at: int, edges: Sequence[int]) -> int | None:
+    """Where the header word at `at` ends: with an id, so that "finally" is no "final"."""
+    word = pattern.match(text, at)
+    if word is None:
+        return None
+    ends = [edge for edge in edges if at < edge <= word.end()]
+    return next((e for e in reversed(ends) if pattern.fullmatch(text, at, e)), None)

@@ -18,7 +18,8 @@ from serve.formats.typescript import NAMESPACE, tools_section
 from serve.formats.vocabulary import Vocabulary
 from serve.values import ChatRequest, Message, ResponseFormat, Tool, ToolCallPart
 
-MARKERS = ("start", "end", "message", "channel", "constrain", "return", "call")
+_NAMES = ("start", "end", "message", "channel", "constrain", "return", "call")
+MARKERS = tuple(f"<|{name}|>" for name in _NAMES)
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 
@@ -38,7 +39,7 @@ class Marks:
 
 def marks_of(vocabulary: Vocabulary) -> Marks | None:
     """None: this tokenizer does not speak Harmony."""
-    ids = [vocabulary.id_of(f"<|{name}|>") for name in MARKERS]
+    ids = [vocabulary.id_of(token) for token in MARKERS]
     known = [token for token in ids if token is not None]
     return Marks(*known) if len(known) == len(MARKERS) else None
 

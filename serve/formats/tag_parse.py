@@ -217,5 +217,7 @@ def _shown(
     for owner in (reasoning, syntax):
         if owner is not None:
             tags += [owner.opens, owner.closes]
-    ids = {vocabulary.id_of(tag): tag for tag in tags if tag}
-    return {token: tag for token, tag in ids.items() if token in vocabulary.control_ids}
+    ids = [(vocabulary.id_of(tag), tag) for tag in tags if tag]
+    return {
+        token: tag for token, tag in ids if token is not None and token in vocabulary.control_ids
+    }

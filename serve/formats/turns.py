@@ -52,10 +52,26 @@ MANNERS = (
 
 def turns(messages: Sequence[Message], habits: Habits, manner: Manner = MANNERS[0]) -> list[Turn]:
     names = {call.id: call.name for message in messages for call in message.tool_calls}
-    messages = _with_system(messages, habits)
+    messages = _joined(_with_system(messages, habits))
     if manner.one_by_one:
         messages = _one_by_one(messages)
     return [_turn(message, habits, names, manner) for message in messages]
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """One assistant turn that came in pieces (its reasoning, each call) as one message again."""
+    found: list[Message] = []
+    for message in messages:
+        before = found[-1] if found else None
+        if (
+            before is not None
+            and before.role == message.role == "assistant"
+            and not (before.text and message.text)
+        ):
+            found[-1] = replace(before, parts=(*before.parts, *message.parts))
+        else:
+            found.append(message)
+    return found
 
 
 def _one_by_one(messages: Sequence[Message]) -> list[Message]:

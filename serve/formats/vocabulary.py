@@ -25,15 +25,16 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Vocabulary:
     """`size` is the number of ids the model may draw (its output layer), at least the tokenizer's.
 
-    `control_ids` are special tokens: never part of a text. `table[id]` is that id's bytes, None for
-    a tokenizer that cannot be read id by id.
+    `control_ids` are special tokens, and those that `control` names: never part of a text.
+    `table[id]` is that id's bytes, None for a tokenizer that cannot be read id by id.
     """
 
-    def __init__(self, tokenizer: Any, size: int = 0) -> None:
+    def __init__(self, tokenizer: Any, size: int = 0, control: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.size = max(size, len(tokenizer))
         self._ids: dict[str, int] = tokenizer.get_vocab()
-        self.control_ids = _control_ids(tokenizer)
+        named = {self._ids[token] for token in control if token in self._ids}
+        self.control_ids = _control_ids(tokenizer) | named
         self.table, self.strips_first_space = _byte_table(tokenizer, self.size)
         # A fast tokenizer keeps its settings (such as "split special tokens") in one shared
         # object, so two threads may not encode through it at once.
@@ -58,7 +59,7 @@ class Vocabulary:
         """`encode_plain` of each text, in one call of the tokenizer. Waits for no other thread."""
         if self._plain is None:
             with self.lock:
-                self._plain = self._plain or _plain_copy(self.tokenizer)
+                self._plain = self._plain or _plain_copy(self.tokenizer, self.control_ids)
         found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         return [list(encoding.ids) for encoding in found]
 
@@ -80,17 +81,28 @@ class Vocabulary:
         return text.removeprefix(" ") if self.strips_first_space else text
 
 
-def _plain_copy(tokenizer: Any) -> Any:
+def _plain_copy(tokenizer: Any, control_ids: frozenset[int]) -> Any:
     """A second tokenizer that reads everything as text and is never set otherwise, so that any
     number of threads may use it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return _SlowPlain(tokenizer)
-    plain = type(backend).from_str(backend.to_str())
+    plain = type(backend).from_str(_all_special(backend.to_str(), tokenizer, control_ids))
     plain.encode_special_tokens = True
     plain.no_padding()
     plain.no_truncation()
     return plain
+
+
+def _all_special(written: str, tokenizer: Any, control_ids: frozenset[int]) -> str:
+    """The tokenizer's JSON with every control token marked special, which some files forget."""
+    added = tokenizer.added_tokens_decoder
+    if all(added[token].special for token in control_ids if token in added):
+        return written
+    state = json.loads(written)
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in control_ids
+    return json.dumps(state)
 
 
 class _SlowPlain:
