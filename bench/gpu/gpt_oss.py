@@ -37,7 +37,7 @@ class Cached:
         room = (blocks, SIZE, shape.num_key_value_heads, shape.head_dim)
         count = range(shape.num_hidden_layers)
         keys, values = (
-            {i: torch.randn(room, dtype=torch.bfloat16, device=DEVICE) for i in count}
+            {i: torch.randn(room, dtype=model.dtype, device=DEVICE) for i in count}
             for _ in range(2)
         )
         self.fused = FusedGptOss(model, keys, values, dict.fromkeys(count, 0), tokens)
@@ -67,27 +67,41 @@ class Cached:
 
 
 def check(model: Any, tokens: int = 2000) -> None:
-    """The fused path against the stock modules in bf16 over the same, widened weights."""
+    """The fused path against the stock modules over the same, widened weights: in float32, where
+    both must agree, and in bf16, where each is compared with the stock model in float32."""
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=DEVICE)
-    fast = Cached(model, 1, tokens)
-    found = [fast.fused.forward(fast.batch(ids[0, : tokens - 8], [0], [tokens - 8]), None)]
-    for at in range(tokens - 8, tokens):
-        found.append(
-            fast.fused.forward(fast.batch(ids[0, at : at + 1], [at], [1]), None).bfloat16()
-        )
-    ours = torch.cat(found).float()
-    stock = stock_logits(model, ids)
-    agreement = (ours.argmax(-1) == stock.argmax(-1)).float().mean()
-    logp, logq = stock.log_softmax(-1), ours.log_softmax(-1)
-    divergence = (logp.exp() * (logp - logq)).sum(-1)
+    in_bf16 = {"ours": fused_logits(model, ids), "stock": stock_logits(model, ids)}
+    model.float()
+    exact = stock_logits(model, ids)
+    compare("float32, ours", fused_logits(model, ids), exact)
+    for name, logits in in_bf16.items():
+        compare(f"bf16, {name}", logits, exact)
+    compare("bf16, ours to stock", in_bf16["ours"], in_bf16["stock"])
+    model.bfloat16()
+
+
+def compare(name: str, found: Tensor, exact: Tensor) -> None:
+    agreement = (found.argmax(-1) == exact.argmax(-1)).float().mean()
+    logp = exact.log_softmax(-1)
+    divergence = (logp.exp() * (logp - found.log_softmax(-1))).sum(-1)
     print(
-        f"whole model, {tokens} positions against stock modules in bf16: top-1 agreement "
-        f"{agreement:.4f}, KL {divergence.mean():.2e} (largest {divergence.max():.2e}), relative "
-        f"difference {(ours - stock).norm() / stock.norm():.2e}, last 8 (decoded) "
-        f"{(ours[-8:] - stock[-8:]).norm() / stock[-8:].norm():.2e}",
+        f"whole model, {len(found)} positions, {name}: top-1 agreement {agreement:.4f}, KL "
+        f"{divergence.mean():.2e} (largest {divergence.max():.2e}), relative difference "
+        f"{(found - exact).norm() / exact.norm():.2e}, of the decoded "
+        f"{(found[-8:] - exact[-8:]).norm() / exact[-8:].norm():.2e}",
         flush=True,
     )
+
+
+def fused_logits(model: Any, ids: Tensor) -> Tensor:
+    """All but eight positions as one prompt, the last eight one by one."""
+    tokens = ids.shape[1]
+    fast = Cached(model, 1, tokens)
+    found = [fast.fused.forward(fast.batch(ids[0, : tokens - 8], [0], [tokens - 8]), None).float()]
+    for at in range(tokens - 8, tokens):
+        found.append(fast.fused.forward(fast.batch(ids[0, at : at + 1], [at], [1]), None).float())
+    return torch.cat(found)
 
 
 @torch.inference_mode()
@@ -116,8 +130,10 @@ class _Widening(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (held,) = self.held
         for name, weights in (("gate_up_proj", held.gate_up), ("down_proj", held.down)):
-            setattr(self.stock, name, nn.Parameter(made.widened(weights), False))
-            setattr(self.stock, f"{name}_bias", nn.Parameter(weights.bias, False))
+            dtype = args[0].dtype
+            setattr(self.stock, name, nn.Parameter(made.widened(weights, dtype), False))
+            bias = nn.Parameter(weights.bias.to(dtype), False)
+            setattr(self.stock, f"{name}_bias", bias)
         return self.stock(*args, **kwargs)
 
 
@@ -162,6 +178,62 @@ def prompts(model: Any) -> None:
         print(f"prompts 8 x 4096 in steps of {chunk}: {taken:.3f} s = {32768 / taken:.0f} in/s")
 
 
+def engine(model: Any) -> None:
+    """The engine's own rate: so many requests at once, 128 tokens in, 256 out."""
+    from serve.engine.config import EngineConfig
+    from serve.engine.engine import create_engine
+
+    config = EngineConfig(max_running=128, kv_cache_gb=8.0, prefill_chunk=2048)
+    begin = time.perf_counter()
+    made_engine = create_engine(
+        model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
+    )
+    print(f"engine ready in {time.perf_counter() - begin:.1f} s, graphs and compiling included")
+    for temperature in (0.0, 1.0):
+        for streams in (1, 8, 32, 64, 128):
+            rate, first = serve(made_engine, streams, temperature)
+            print(
+                f"engine {streams:4} streams, temperature {temperature}: {rate:8.0f} tok/s, "
+                f"first token after {first * 1e3:.0f} ms",
+                flush=True,
+            )
+    made_engine.close()
+
+
+def serve(engine: Any, streams: int, temperature: float) -> tuple[float, float]:
+    """Output tokens a second from the first submit to the last end, and the median first token."""
+    from serve.engine.face import BlockingMailbox, Ended, GenerationRequest, Prompt
+    from serve.values import Sampling
+
+    draws = torch.randint(1, 200_000, (streams, 128)).tolist()
+    sampling = Sampling(temperature=temperature, max_tokens=256, ignore_eos=True, seed=1)
+    mailboxes = [BlockingMailbox() for _ in draws]
+    begin = time.perf_counter()
+    for ids, mailbox in zip(draws, mailboxes, strict=True):
+        engine.submit(GenerationRequest(Prompt(tuple(ids)), sampling), mailbox)
+    ends = [next(m for m in mailbox if isinstance(m, Ended)) for mailbox in mailboxes]
+    taken = time.perf_counter() - begin
+    for end in ends:
+        if end.outcome != "finished":
+            raise RuntimeError(f"a request {end.outcome}: {end.error}")
+    firsts = sorted(end.first_token_seconds for end in ends)
+    return sum(end.completion_tokens for end in ends) / taken, firsts[len(firsts) // 2]
+
+
+def memory(model: Any) -> None:
+    """Peak memory with 8 sequences of 8,192 tokens and prompts in steps of 2,048."""
+    torch.cuda.reset_peak_memory_stats()
+    cached = Cached(model, 8, 8192)
+    ids = torch.randint(0, model.config.vocab_size, (2048,))
+    rows = torch.tensor([2047], device=DEVICE)
+    cached.fused.forward(cached.batch(ids, [6144], [2048]), rows)
+    cached.fused.forward(cached.batch(ids[:8], [8191] * 8, [1] * 8), None)
+    print(
+        f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
+        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved"
+    )
+
+
 def profile(model: Any) -> None:
     """Where a step's time goes, by kernel."""
     from torch.profiler import ProfilerActivity
@@ -189,6 +261,8 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "check": check,
     "steps": steps,
     "prompts": prompts,
+    "engine": engine,
+    "memory": memory,
     "profile": profile,
 }
 

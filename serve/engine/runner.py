@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from serve.engine.config import EngineConfig
 from serve.engine.sampling import Draw
 from serve.engine.scheduler import Chunk
 from serve.engine.sizing import size_cache
+
+if TYPE_CHECKING:
+    from serve.engine.gpu import GpuSteps
 
 # Forward's arguments for one step from (model, chunks, ids [1, T], positions [1, T]). A model that
 # sees replaces ids by embeddings here, and positions by its own, for the chunks whose prompt has
@@ -45,8 +48,10 @@ class Runner:
         block_size: int,
         device: torch.device,
         inputs: StepInputs = token_inputs,
+        steps: GpuSteps | None = None,
     ) -> None:
         self._model = model
+        self._steps = steps
         self._backend = backend
         self._block_size = block_size
         self._device = device
@@ -74,6 +79,9 @@ class Runner:
         """Compute the chunks (decodes first) and draw for those that end at their sequence's last
         id, in order."""
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
+        if self._steps is not None and (plain := self._steps.plain_draws(drawing)) is not None:
+            layout, ids, rows = self._pack(chunks)
+            return self._steps.draw(layout, ids, rows, plain)
         if any(choice.matcher is not None for choice in drawing):
             pending = self._beside.submit(sampling.fill_masks, drawing, self.vocabulary)
             logits = self.forward(chunks)
@@ -83,16 +91,10 @@ class Runner:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[rows that draw, vocabulary]"""
-        layout = self._layout(chunks)
+        layout, ids, lasts = self._pack(chunks)
+        if self._steps is not None:
+            return self._steps.logits(layout, ids, lasts)
         self._backend.begin(layout)
-        ids: list[int] = []
-        for chunk in chunks:
-            ids += chunk.sequence.ids[chunk.start : chunk.end]
-        lasts = [
-            int(end) - 1
-            for chunk, end in zip(chunks, layout.query_start[1:], strict=True)
-            if chunk.draws
-        ]
         out = self._model(
             **self._inputs(
                 self._model,
@@ -106,6 +108,19 @@ class Runner:
         )
         logits: Tensor = out.logits[0]
         return logits
+
+    def _pack(self, chunks: Sequence[Chunk]) -> tuple[Layout, list[int], list[int]]:
+        """The step's layout, its new ids, and which of them draw."""
+        layout = self._layout(chunks)
+        ids: list[int] = []
+        for chunk in chunks:
+            ids += chunk.sequence.ids[chunk.start : chunk.end]
+        lasts = [
+            int(end) - 1
+            for chunk, end in zip(chunks, layout.query_start[1:], strict=True)
+            if chunk.draws
+        ]
+        return layout, ids, lasts
 
     def _layout(self, chunks: Sequence[Chunk]) -> Layout:
         return Layout(
@@ -140,11 +155,20 @@ def create_runner(
         max_running=config.max_running,
         chunk=config.prefill_chunk,
     )
-    make = CpuBackend if device.type == "cpu" else TorchBackend
-    backend = make(shapes, size.groups, config.block_size, dtype, device)
     cache = KVCache(size.groups, config.block_size, size.context_length + 1)
-    runner = Runner(model, backend, config.block_size, device, inputs)
-    return runner, cache, size.context_length
+    if device.type == "cuda":
+        from serve.engine import gpu  # needs Triton, which comes with torch for CUDA only
+
+        if gpu.supports(shapes, model.config, device):
+            backend, steps = gpu.create_steps(
+                model, shapes, size.groups, config, size.context_length, dtype, device
+            )
+            own = steps if inputs is token_inputs else None
+            runner = Runner(model, backend, config.block_size, device, inputs, own)
+            return runner, cache, size.context_length
+    make = CpuBackend if device.type == "cpu" else TorchBackend
+    plain = make(shapes, size.groups, config.block_size, dtype, device)
+    return Runner(model, plain, config.block_size, device, inputs), cache, size.context_length
 
 
 def _budget_bytes(

@@ -9,9 +9,10 @@ GPUs without Triton. Knows nothing of models; gpt_oss.py and the loader build on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from serve.engine.kernels import mxfp4
 
@@ -134,23 +135,43 @@ class Tile:
     splits: int = 1
 
 
-def gate_up_tile(tokens: int) -> Tile:
-    """The cut for so many tokens in all; measured (bench/gpu/README.md)."""
+def gate_up_tile(tokens: int, x: torch.Tensor) -> Tile:
+    """The cut for so many tokens in all; measured (bench/gpu/README.md). Wide tiles need the shared
+    memory of an H100 or A100; smaller cards and float32 take what fits everywhere."""
     if tokens <= 64:
-        return Tile(64, 16, 64, 3, 4)
+        return _few(x, 16)
     if tokens <= 256:
-        return Tile(64, 32, 64, 3, 4)
-    return Tile(128, 128, 64, 3, 8)
+        return _few(x, 32)
+    return _many(x)
 
 
-def down_tile(tokens: int) -> Tile:
-    if tokens <= 8:
-        return Tile(64, 16, 64, 3, 4, 2)
-    if tokens <= 64:
-        return Tile(64, 16, 64, 3, 4)
-    if tokens <= 256:
-        return Tile(64, 32, 64, 3, 4)
-    return Tile(128, 128, 64, 3, 8)
+def down_tile(tokens: int, x: torch.Tensor) -> Tile:
+    if tokens <= 4:
+        return replace(_few(x, 16), splits=2)
+    return gate_up_tile(tokens, x)
+
+
+def _few(x: torch.Tensor, tokens: int) -> Tile:
+    if x.element_size() > 2 or _shared_bytes(x) < 96 * 1024:
+        return Tile(32, 16, 32, 2, 4)
+    return Tile(64, tokens, 64, 3, 4)
+
+
+def _many(x: torch.Tensor) -> Tile:
+    shared = _shared_bytes(x)
+    if x.element_size() > 2 or shared < 96 * 1024:
+        return Tile(32, 32, 32, 2, 4)
+    if shared < 160 * 1024:
+        return Tile(64, 64, 32, 3, 4)
+    return Tile(128, 128, 64 if shared > 200 * 1024 else 32, 3, 8)
+
+
+def _shared_bytes(x: torch.Tensor) -> int:
+    """Shared memory a block may use on x's device; the interpreter (CPU) has any."""
+    if not x.is_cuda:
+        return 1 << 20
+    properties = torch.cuda.get_device_properties(x.device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def gate_up_product(
@@ -210,8 +231,8 @@ def experts(
     """The layer by the kernels: `x` [tokens, hidden] as it is, the result in x's dtype."""
     tokens, top_k = routing.weights.shape
     made = x.new_empty((tokens * top_k, gate_up.rows // 2))
-    gate_up_product(quarter(x), gate_up, routing, made, alpha, limit, gate_up_tile(tokens))
-    tile = down_tile(tokens)
+    gate_up_product(quarter(x), gate_up, routing, made, alpha, limit, gate_up_tile(tokens, x))
+    tile = down_tile(tokens, x)
     parts = x.new_empty((tile.splits, tokens, top_k, down.rows), dtype=torch.float32)
     down_product(made, down, routing, parts, tile)
     return parts.sum((0, 2)).to(x.dtype)
@@ -235,3 +256,30 @@ def _is_packed(x: torch.Tensor, weights: ExpertWeights) -> bool:
         and x.is_cuda
         and torch.cuda.get_device_capability(x.device)[0] >= 8
     )
+
+
+class Mxfp4Experts(nn.Module):
+    """Stands in for GptOssExperts, with its weights in MXFP4. On a GPU with Triton by the kernels,
+    else by the torch reference, which widens one hit expert at a time."""
+
+    def __init__(
+        self, gate_up: ExpertWeights, down: ExpertWeights, alpha: float, limit: float
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+        self.alpha, self.limit = alpha, limit
+        for name, held in (("gate_up_proj", gate_up), ("down_proj", down)):
+            self.register_buffer(f"{name}_words", held.words)
+            self.register_buffer(f"{name}_padded_scales", held.scales)
+            self.register_buffer(f"{name}_bias", held.bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden_states` [tokens, hidden], `indices` and `weights` [tokens, top_k]."""
+        if hidden_states.is_cuda:
+            routing = route(indices, weights, self.gate_up.words.shape[0])
+            return experts(hidden_states, routing, self.gate_up, self.down, self.alpha, self.limit)
+        return reference(
+            hidden_states, indices, weights, self.gate_up, self.down, self.alpha, self.limit
+        )

@@ -4,6 +4,7 @@
     add_norm_route   the same, and then the router: logits, top-k, softmax, lists by expert
     route            the router alone, its logits from a matrix product (many tokens)
     rotate_and_store sum of parts (+ bias) -> rotated queries; rotated keys and values to the cache
+    store            keys and values to the cache, for models that rotate their own
     project          a skinny matrix product whose parts (splits of the columns) the others sum up
 
 Each has its torch reference in tests/test_kernels.py. Knows nothing of models; gpt_oss.py calls it.
@@ -131,6 +132,17 @@ def rotate_and_store(
         parts.values, parts.values if parts.bias is None else parts.bias, turns, positions, slots,
         query, keys, values, tokens * columns, heads, kv_heads, dim // 2, each, outer,
         parts.bias is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor,
+          values: torch.Tensor) -> None:  # fmt: skip
+    """`key` and `value` [kv_heads, tokens, head_dim] (the last axis contiguous) to the pools'
+    `slots` int64 [tokens]; negative: nowhere."""
+    heads, tokens, dim = key.shape
+    kernels.store_kernel[(tokens,)](
+        key, value, slots, keys, values, key.stride(1), key.stride(0), value.stride(1),
+        value.stride(0), heads, 1 << (heads - 1).bit_length(), dim, num_warps=1,
     )  # fmt: skip
 
 

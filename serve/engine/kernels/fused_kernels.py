@@ -157,6 +157,27 @@ def rotate_kernel(
             tl.store(keys_ptr + place + HALF, two.to(keys_ptr.dtype.element_ty))
 
 
+@triton.jit
+def store_kernel(
+    key_ptr: tl.tensor, value_ptr: tl.tensor, slots_ptr: tl.tensor, keys_ptr: tl.tensor,
+    values_ptr: tl.tensor, token_stride: tl.tensor, head_stride: tl.tensor,
+    value_token_stride: tl.tensor, value_head_stride: tl.tensor, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, DIM: tl.constexpr,
+) -> None:
+    """One token's keys and values to its slot."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, PADDED)[:, None]
+    d = tl.arange(0, DIM)[None, :]
+    slot = tl.load(slots_ptr + token)
+    here = (head < HEADS) & (slot + 0 * head >= 0)
+    place = slot * (HEADS * DIM) + head * DIM + d
+    key = tl.load(key_ptr + token * token_stride + head * head_stride + d, mask=here, other=0.0)
+    tl.store(keys_ptr + place, key.to(keys_ptr.dtype.element_ty), mask=here)
+    value = value_ptr + token * value_token_stride + head * value_head_stride + d
+    value = tl.load(value, mask=here, other=0.0)
+    tl.store(values_ptr + place, value.to(values_ptr.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, tokens: tl.tensor, N: tl.constexpr,

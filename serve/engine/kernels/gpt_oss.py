@@ -19,45 +19,17 @@ from torch.nn import functional
 
 from serve.engine.kernels import attention, fused
 from serve.engine.kernels.experts import (
-    ExpertWeights,
+    Mxfp4Experts,
     Routing,
     down_product,
     down_tile,
-    experts,
     gate_up_product,
     gate_up_tile,
     quarter,
-    reference,
-    route,
 )
 
 FEW = 32
 """Up to so many tokens our own matrix products read weights faster than cuBLAS."""
-
-
-class Mxfp4Experts(nn.Module):
-    """Stands in for GptOssExperts, with its weights in MXFP4. On a GPU with Triton by the kernels,
-    else by the torch reference, which widens one hit expert at a time."""
-
-    def __init__(
-        self, gate_up: ExpertWeights, down: ExpertWeights, alpha: float, limit: float
-    ) -> None:
-        super().__init__()
-        self.gate_up, self.down = gate_up, down
-        self.alpha, self.limit = alpha, limit
-        for name, held in (("gate_up_proj", gate_up), ("down_proj", down)):
-            self.register_buffer(f"{name}_words", held.words)
-            self.register_buffer(f"{name}_padded_scales", held.scales)
-            self.register_buffer(f"{name}_bias", held.bias)
-
-    def forward(self, hidden_states: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """`hidden_states` [tokens, hidden], `indices` and `weights` [tokens, top_k]."""
-        if hidden_states.is_cuda:
-            routing = route(indices, weights, self.gate_up.words.shape[0])
-            return experts(hidden_states, routing, self.gate_up, self.down, self.alpha, self.limit)
-        return reference(
-            hidden_states, indices, weights, self.gate_up, self.down, self.alpha, self.limit
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +174,9 @@ class FusedGptOss:
         held, tokens = layer.experts, x.shape[0]
         made = x.new_empty((tokens * self.top_k, held.gate_up.rows // 2))
         gate_up_product(
-            x, held.gate_up, routing, made, held.alpha, held.limit, gate_up_tile(tokens)
+            x, held.gate_up, routing, made, held.alpha, held.limit, gate_up_tile(tokens, x)
         )
-        tile = down_tile(tokens)
+        tile = down_tile(tokens, x)
         dtype = torch.float32 if tokens <= 1024 else self.dtype
         out = torch.empty(
             (tile.splits, tokens * self.top_k, x.shape[1]), dtype=dtype, device=x.device
@@ -222,7 +194,7 @@ class FusedGptOss:
         return fused.Parts(out, 1, bias)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if x.shape[0] > FEW:
+        if not x.shape[0] or x.shape[0] > FEW:
             return functional.linear(x, self.head)
         out = torch.empty((1, x.shape[0], self.head.shape[0]), dtype=torch.float32, device=x.device)
         fused.project(x, self.head, out, fused.Cut(64, 128, 1, 4, 4))
