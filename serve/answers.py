@@ -238,7 +238,7 @@ class Answers:
 
     async def _prepared(self, request: Request, asked: ChatRequest) -> ChatRequest:
         """With its pictures fetched and the thoughts that the client dropped put back."""
-        asked = self._memory.restore(await self._illustrated(asked))
+        asked = self._memory.restore(await self._illustrated(request, asked))
         return replace(asked, may_switch=self._may_switch(request))
 
     async def _begin_chat(
@@ -251,9 +251,10 @@ class Answers:
         recorder = self._memory.recorder(asked.tenant)
         return await self._begin(request, self._service.chat(asked), ignored, recorder, *watchers)
 
-    async def _illustrated(self, asked: ChatRequest) -> ChatRequest:
-        """With pictures fetched that it names by address, or without them where the model sees
-        nothing and IMAGE_FALLBACK is "drop". Raises Unsupported or InvalidRequest."""
+    async def _illustrated(self, request: Request, asked: ChatRequest) -> ChatRequest:
+        """With pictures fetched that it names by address, or without them (and a header that says
+        how many) where the model sees nothing and IMAGE_FALLBACK is "drop". Raises Unsupported or
+        InvalidRequest."""
         places = [image for message in asked.messages for image in message.images]
         if not places:
             return asked
@@ -264,6 +265,7 @@ class Answers:
                 raise Unsupported(
                     f"'{where}': {cards[0].id} reads no pictures; send text only.", param=where
                 )
+            request.state.pictures_left_out = len(places)
             return replace(asked, messages=without_pictures(asked.messages))
         found = {
             image: await self._fetched(image) for image in places if image.url and not image.data
@@ -289,6 +291,9 @@ class Answers:
         left_alone = ", ".join(re.sub(r"[^\w.\[\]=-]", "?", name[:80]) for name in ignored)
         if left_alone:
             told["x-ignored-fields"] = left_alone.encode("ascii", "replace").decode()[:1000]
+        left_out = getattr(request.state, "pictures_left_out", 0)
+        if left_out:
+            told["x-images-not-used"] = str(left_out)
         return turn, told
 
     def _may_switch(self, request: Request) -> bool:
