@@ -5,10 +5,13 @@ python -m tests.page_server            serves until stopped; a message's first w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +129,16 @@ class PageServer:
     engine: ScriptedEngine
     blocks: Any
     keys: KeyRing
+    loop: asyncio.AbstractEventLoop | None
 
     def close(self) -> None:
         self.engine.close()
         self.blocks.close(verbose=False)
+        if self.loop is not None:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+        with untidy():
+            pass
 
 
 def free_port() -> int:
@@ -151,6 +160,16 @@ def attach(
     service.attach(ServedModel(card, fmt, engine))
 
 
+@contextlib.contextmanager
+def untidy() -> Iterator[None]:
+    """Gradio and its client leave event loops unclosed: collected here, where that is no error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@untidy()
 def start(
     work_dir: Path,
     *,
@@ -161,6 +180,7 @@ def start(
     settings: dict[str, Any] | None = None,
 ) -> PageServer:
     """The page and the API over one service, as app.py puts them together."""
+    loop = own_loop()
     chosen = Settings(work_dir=work_dir, **{"host": "127.0.0.1", **(settings or {})})
     service = Service("scripted/demo")
     keys = KeyRing.from_settings(chosen)
@@ -181,7 +201,18 @@ def start(
         app_kwargs={**api, "middleware": [*api["middleware"], Middleware(skin, **dressing)]},
         **options["launch"],
     )
-    return PageServer(f"http://127.0.0.1:{port}/", port, service, engine, blocks, keys)
+    return PageServer(f"http://127.0.0.1:{port}/", port, service, engine, blocks, keys, loop)
+
+
+def own_loop() -> asyncio.AbstractEventLoop | None:
+    """Gradio's launch wants an event loop in its thread and would leave its own unclosed."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        return loop
+    return None
 
 
 def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> VisitOf:
