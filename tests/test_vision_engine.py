@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from serve.engine.attention import Layout
 from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine
@@ -301,3 +302,41 @@ def test_what_belongs_to_each_picture_is_told_from_the_tensors() -> None:
     assert second["batch_num_images"].tolist() == [2]
     tiles = {"pixel_values": torch.zeros(1, 7, 3, 4, 4)}
     assert separate(tiles, (b"a", b"b")) == [(b"ab", tiles)]
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5-VL", "Llava"])
+def test_a_step_that_only_goes_on_after_its_pictures_is_one_of_plain_ids(
+    family: str, tmp_path: Path
+) -> None:
+    """What a captured GPU step computes: plain ids at shifted positions, by the stock model."""
+    seeing = Seeing(tmp_path, FAMILIES[family])
+    engine = engine_of(seeing, block_size=8, prefill_chunk=32)
+    runner = engine._runner
+    vision = vision_of(engine)
+    plain_steps = []
+
+    class Steps:
+        def plain_draws(self, choices: object) -> None:
+            return None
+
+        def logits(self, layout: Layout, ids: list[int], rows: list[int]) -> torch.Tensor:
+            plain_steps.append(layout.shifts)
+            runner._backend.begin(layout)
+            out = runner._model(
+                input_ids=torch.tensor([ids]),
+                position_ids=torch.from_numpy(layout.positions)[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, dtype=torch.long),
+                paged=runner._backend,
+            )
+            return out.logits[0]  # type: ignore[no-any-return]
+
+    runner._steps = Steps()  # type: ignore[assignment]
+    try:
+        asked = conversations()
+        boxes = [submitted(engine, seeing.format, one) for one in asked]
+        assert [answered(box)[0] for box in boxes] == [seeing.expected(one) for one in asked]
+    finally:
+        engine.close()
+    assert len(plain_steps) >= ANSWER - 2
+    assert any(any(shifts) for shifts in plain_steps) == vision._has_axes

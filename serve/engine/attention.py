@@ -49,7 +49,11 @@ class Call:
 
 @dataclass
 class Layout:
-    """One step's packing: sequence i brings `counts[i]` new tokens from position `starts[i]`."""
+    """One step's packing: sequence i brings `counts[i]` new tokens from position `starts[i]`.
+
+    `shifts`, where given, is how far each sequence's rotary positions are off its cache's: pictures
+    take fewer positions than tokens on several axes.
+    """
 
     starts: list[int]
     counts: list[int]
@@ -57,6 +61,7 @@ class Layout:
     block_size: int
     decodes: int
     total: int = field(init=False)
+    shifts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.total = sum(self.counts)
@@ -72,14 +77,20 @@ class Layout:
         return start
 
     @cached_property
+    def rotary_starts(self) -> list[int]:
+        if not self.shifts:
+            return self.starts
+        return [start + shift for start, shift in zip(self.starts, self.shifts, strict=True)]
+
+    @cached_property
     def positions(self) -> npt.NDArray[np.int64]:
         places = [
             np.arange(start, start + count, dtype=np.int64)
             for start, count in zip(
-                self.starts[self.decodes :], self.counts[self.decodes :], strict=True
+                self.rotary_starts[self.decodes :], self.counts[self.decodes :], strict=True
             )
         ]
-        return np.concatenate([np.asarray(self.starts[: self.decodes], np.int64), *places])
+        return np.concatenate([np.asarray(self.rotary_starts[: self.decodes], np.int64), *places])
 
     def slots(self, group: int) -> npt.NDArray[np.int64]:
         size = self.block_size

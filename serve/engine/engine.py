@@ -23,7 +23,14 @@ from serve.engine.config import EngineConfig
 from serve.engine.demand import Line, Rate
 from serve.engine.face import EngineStats, GenerationRequest, Mailbox, Waiting
 from serve.engine.faults import is_out_of_memory, public
-from serve.engine.runner import Runner, StepInputs, create_runner, token_inputs
+from serve.engine.runner import (
+    Runner,
+    Shifts,
+    StepInputs,
+    create_runner,
+    no_shifts,
+    token_inputs,
+)
 from serve.engine.sampling import Draw, mix
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import Request, Sequence, Status
@@ -364,13 +371,14 @@ def create_engine(
     context_length: int,
     device: Any,
     inputs: StepInputs = token_inputs,
+    shifts: Shifts = no_shifts,
     config: EngineConfig | None = None,
 ) -> PagedEngine:
     """An engine that runs `model`, a stock transformers model in eval mode on `device`; its thread
     is started. The context may be shortened to what the cache holds (`engine.context_length`)."""
     config = config or EngineConfig()
     runner, cache, context_length = create_runner(
-        model, device, context_length=context_length, config=config, inputs=inputs
+        model, device, context_length=context_length, config=config, inputs=inputs, shifts=shifts
     )
     engine = PagedEngine(
         runner,

@@ -237,7 +237,7 @@ class GpuSteps:
         size = next(size for size in self._sizes if size >= count)
         numbers = self._numbers.host
         numbers[0, :count] = ids
-        numbers[1, :count] = layout.starts
+        numbers[1, :count] = layout.rotary_starts
         for group in range(len(self._tables)):
             numbers[2 + group, :count] = layout.slots(group)
             table = layout.block_tables(group)

@@ -34,6 +34,15 @@ if TYPE_CHECKING:
 StepInputs = Callable[[Any, Sequence[Chunk], Tensor, Tensor], dict[str, Any]]
 
 
+# How far the chunks' rotary positions are off, () for not at all; None when the step needs inputs
+# of its own and cannot be a captured one.
+Shifts = Callable[[Sequence[Chunk]], Sequence[int] | None]
+
+
+def no_shifts(chunks: Sequence[Chunk]) -> Sequence[int]:
+    return ()
+
+
 def token_inputs(
     model: Any, chunks: Sequence[Chunk], ids: Tensor, positions: Tensor
 ) -> dict[str, Any]:
@@ -49,8 +58,10 @@ class Runner:
         device: torch.device,
         inputs: StepInputs = token_inputs,
         steps: GpuSteps | None = None,
+        shifts: Shifts = no_shifts,
     ) -> None:
         self._model = model
+        self._shifts = shifts
         self._steps = steps
         self._backend = backend
         self._block_size = block_size
@@ -79,9 +90,12 @@ class Runner:
         """Compute the chunks (decodes first) and draw for those that end at their sequence's last
         id, in order."""
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        if self._steps is not None and (plain := self._steps.plain_draws(drawing)) is not None:
-            layout, ids, rows = self._pack(chunks)
-            return self._steps.draw(layout, ids, rows, plain)
+        shifts = self._shifts(chunks)
+        if self._steps is not None and shifts is not None:
+            plain = self._steps.plain_draws(drawing)
+            if plain is not None:
+                layout, ids, rows = self._pack(chunks, shifts)
+                return self._steps.draw(layout, ids, rows, plain)
         if any(choice.matcher is not None for choice in drawing):
             pending = self._beside.submit(sampling.fill_masks, drawing, self.vocabulary)
             logits = self.forward(chunks)
@@ -91,9 +105,10 @@ class Runner:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[rows that draw, vocabulary]"""
-        layout, ids, lasts = self._pack(chunks)
-        if self._steps is not None:
-            return self._steps.logits(layout, ids, lasts)
+        shifts = self._shifts(chunks)
+        if self._steps is not None and shifts is not None:
+            return self._steps.logits(*self._pack(chunks, shifts))
+        layout, ids, lasts = self._pack(chunks, ())
         self._backend.begin(layout)
         out = self._model(
             **self._inputs(
@@ -109,9 +124,11 @@ class Runner:
         logits: Tensor = out.logits[0]
         return logits
 
-    def _pack(self, chunks: Sequence[Chunk]) -> tuple[Layout, list[int], list[int]]:
+    def _pack(
+        self, chunks: Sequence[Chunk], shifts: Sequence[int]
+    ) -> tuple[Layout, list[int], list[int]]:
         """The step's layout, its new ids, and which of them draw."""
-        layout = self._layout(chunks)
+        layout = self._layout(chunks, shifts)
         ids: list[int] = []
         for chunk in chunks:
             ids += chunk.sequence.ids[chunk.start : chunk.end]
@@ -122,13 +139,14 @@ class Runner:
         ]
         return layout, ids, lasts
 
-    def _layout(self, chunks: Sequence[Chunk]) -> Layout:
+    def _layout(self, chunks: Sequence[Chunk], shifts: Sequence[int]) -> Layout:
         return Layout(
             starts=[chunk.start for chunk in chunks],
             counts=[chunk.count for chunk in chunks],
             tables=[chunk.sequence.tables for chunk in chunks],
             block_size=self._block_size,
             decodes=next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks)),
+            shifts=shifts,
         )
 
 
@@ -139,6 +157,7 @@ def create_runner(
     context_length: int,
     config: EngineConfig,
     inputs: StepInputs = token_inputs,
+    shifts: Shifts = no_shifts,
 ) -> tuple[Runner, KVCache, int]:
     """Look at the model, size the cache, and make what runs it. The third value is the context
     length that the cache can hold."""
@@ -163,12 +182,12 @@ def create_runner(
             backend, steps = gpu.create_steps(
                 model, shapes, size.groups, config, size.context_length, dtype, device
             )
-            own = steps if inputs is token_inputs else None
-            runner = Runner(model, backend, config.block_size, device, inputs, own)
+            runner = Runner(model, backend, config.block_size, device, inputs, steps, shifts)
             return runner, cache, size.context_length
     make = CpuBackend if device.type == "cpu" else TorchBackend
     plain = make(shapes, size.groups, config.block_size, dtype, device)
-    return Runner(model, plain, config.block_size, device, inputs), cache, size.context_length
+    runner = Runner(model, plain, config.block_size, device, inputs, shifts=shifts)
+    return runner, cache, size.context_length
 
 
 def _budget_bytes(

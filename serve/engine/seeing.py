@@ -35,13 +35,15 @@ def create_seeing_engine(
     why."""
     reason = misfit(model)
     if not reason:
+        vision = Vision(model, device)
         try:
             engine = create_engine(
                 model,
                 eos_ids=eos_ids,
                 context_length=context_length,
                 device=device,
-                inputs=Vision(model, device),
+                inputs=vision,
+                shifts=vision.shifts,
                 config=config,
             )
         except Unsupported as refused:

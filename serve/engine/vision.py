@@ -124,6 +124,19 @@ class Vision:
             made["mm_encoder_outputs"] = {"image": self._as_encoded(rows)}
         return made
 
+    def shifts(self, chunks: Sequence[Chunk]) -> Sequence[int] | None:
+        """runner.Shifts: a step that only goes on after its pictures is one of plain ids."""
+        found = []
+        for chunk in chunks:
+            plan = self._plan(chunk.sequence.request)
+            is_past = chunk.start >= chunk.sequence.request.prompt_length
+            if plan is not None and not is_past:
+                low, high = np.searchsorted(plan.places, (chunk.start, chunk.end))
+                if plan.axes is not None or low < high:
+                    return None
+            found.append(plan.offset if plan is not None and is_past else 0)
+        return found if any(found) else ()
+
     # -- what a prompt needs -----------------------------------------------------------------------
 
     def _plan(self, request: Request) -> _Plan | None:
