@@ -41,6 +41,9 @@ def frame(value: Any, event: str | None = None) -> str:
     return f"{name}data: {encode(value)}\n\n"
 
 
+# Made once: json.dumps with these options would build an encoder for every token.
+_WRITE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 # Line ends to Python's str.splitlines (as some clients split streams), though not to the SSE
 # standard.
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -48,5 +51,5 @@ _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\
 
 def encode(value: Any) -> str:
     """Compact JSON on one line, whatever a client takes for a line end."""
-    written = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    written = _WRITE(value)
     return written if written.isascii() else written.translate(_LINE_ENDS)
