@@ -134,7 +134,9 @@ class _Widening(nn.Module):
             setattr(self.stock, name, nn.Parameter(made.widened(weights, dtype), False))
             bias = nn.Parameter(weights.bias.to(dtype), False)
             setattr(self.stock, f"{name}_bias", bias)
-        return self.stock(*args, **kwargs)
+        result = self.stock(*args, **kwargs)
+        self.stock.to("meta")  # one layer's widened weights at a time
+        return result
 
 
 def steps(model: Any) -> None:
