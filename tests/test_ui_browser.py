@@ -586,3 +586,28 @@ def test_a_phone_shows_the_conversation_and_the_box_without_scrolling_sideways(
         assert sheet is not None and sheet["width"] == 360
         who.page.click("#close-sidebar")
         expect(who.page.locator("#sidebar")).to_be_hidden()
+
+
+def test_on_a_phone_theme_and_language_are_under_settings(
+    browser: Browser, server: PageServer
+) -> None:
+    with Reader(browser, server.url, viewport=PHONE, color_scheme="light") as who:
+        who.page.click("#open-sidebar")
+        who.page.click("#tab-settings")
+        who.page.select_option("#set-theme", "dark")
+        expect(who.page.locator("html")).to_have_attribute("data-theme", "dark")
+        who.page.select_option("#set-language", "zh-CN")
+        expect(who.page.locator("#tab-settings")).to_have_text("设置")
+        top = who.page.evaluate("() => document.elementFromPoint(180, 700).closest('#sidebar')?.id")
+        assert top == "sidebar"
+
+
+def test_what_is_not_set_is_left_to_the_models_makers(reader: Reader, server: PageServer) -> None:
+    reader.ask("hello")
+    options = reader.page.evaluate("() => window.chatPage.parts.settings.options()")
+    assert options["temperature"] is None and options["top_p"] is None
+    reader.page.click("#open-sidebar")
+    reader.page.click("#tab-settings")
+    reader.page.locator("#set-temperature").fill("0.3")
+    reader.ask("hello")
+    assert server.engine.submitted[-1].sampling.temperature == 0.3

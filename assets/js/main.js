@@ -155,6 +155,8 @@ function statusChanged(page, now, before) {
   }
   if (card && page.drawnFor !== card.id) {
     page.drawnFor = card.id;
+    page.settings.makers = card.defaults ?? {};
+    if (!byId("panel-settings").contains(document.activeElement)) drawSettings(page.settings);
     drawEmpty(page);
     page.api.refreshModel();
     page.composer.dress();

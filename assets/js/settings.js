@@ -4,7 +4,9 @@ import { byId, el } from "./dom.js";
 import { setLanguage, t } from "./texts.js";
 
 const KEY = "page-settings";
-export const DEFAULTS = { system: "", temperature: 0.7, top_p: 1, max_tokens: null, effort: "" };
+// null is the model's own: what its makers recommend.
+export const DEFAULTS = { system: "", temperature: null, top_p: null, max_tokens: null, effort: "" };
+const THEMES = ["system", "light", "dark"];
 
 export class Settings {
   constructor() {
@@ -15,6 +17,7 @@ export class Settings {
     }
     this.efforts = [];
     this.model = "";
+    this.makers = {}; // how the served model's makers want it sampled
   }
 
   get(name) {
@@ -45,6 +48,15 @@ export class Settings {
   }
 }
 
+function choice(name, values, chosen, change) {
+  const select = el("select", {}, ...values.map(([value, words]) => el("option", { value }, words)));
+  select.value = chosen;
+  select.addEventListener("change", () => change(select.value));
+  return field(name, select);
+}
+
+const look = { theme: null, language: null };
+
 export function drawSettings(settings) {
   const panel = byId("panel-settings");
   const system = el("textarea", { id: "set-system", rows: 4, value: settings.get("system") });
@@ -62,6 +74,10 @@ export function drawSettings(settings) {
     slider(settings, "top_p", 0.05, 1, 0.05),
     maxTokens(settings),
     reset,
+    choice("theme", THEMES.map((name) => [name, t(`theme_${name}`)]), window.chatPage.theme,
+      (name) => look.theme(name)),
+    choice("language", [["en", "English"], ["zh-CN", "简体中文"]], window.chatPage.language,
+      (name) => look.language(name)),
     el("p", { className: "quiet" }, t("settings_hint")),
   );
 }
@@ -74,9 +90,10 @@ function field(name, control, hint = "") {
 }
 
 function slider(settings, name, min, max, step) {
-  const shown = el("output", {}, String(settings.get(name)));
+  const value = settings.get(name) ?? settings.makers[name] ?? 1;
+  const shown = el("output", {}, String(value));
   const control = el("input", { type: "range", min, max, step });
-  control.value = settings.get(name);
+  control.value = value;
   control.addEventListener("input", () => {
     settings.set(name, Number(control.value));
     shown.textContent = control.value;
@@ -110,8 +127,6 @@ export function drawEffort(settings) {
   place.replaceChildren(el("label", { htmlFor: "effort-choice" }, t("effort")), select);
 }
 
-const THEMES = ["system", "light", "dark"];
-
 export function bindLook(settings, redraw) {
   const theme = byId("theme");
   const name = () => {
@@ -119,18 +134,24 @@ export function bindLook(settings, redraw) {
     theme.title = label;
     theme.setAttribute("aria-label", label);
   };
-  theme.addEventListener("click", () => {
-    window.chatPage.theme = THEMES[(THEMES.indexOf(window.chatPage.theme) + 1) % 3];
-    settings.set("theme", window.chatPage.theme);
+  look.theme = (chosen) => {
+    window.chatPage.theme = chosen;
+    settings.set("theme", chosen);
     window.chatPage.paint();
     name();
-  });
-  byId("language").addEventListener("click", () => {
-    const next = document.documentElement.lang === "en" ? "zh-CN" : "en";
-    settings.set("language", next);
-    setLanguage(next);
+  };
+  look.language = (chosen) => {
+    settings.set("language", chosen);
+    setLanguage(chosen);
     redraw();
     name();
+  };
+  theme.addEventListener("click", () => {
+    look.theme(THEMES[(THEMES.indexOf(window.chatPage.theme) + 1) % 3]);
+    drawSettings(settings);
+  });
+  byId("language").addEventListener("click", () => {
+    look.language(window.chatPage.language === "en" ? "zh-CN" : "en");
   });
   name();
 }
