@@ -323,6 +323,10 @@ class Loader:
         from serve.quantization import folder as reading
 
         reading.need_template(tokenizer, name)
+        if chosen.method == "int8":
+            from serve.quantization.linear8 import to_int8
+
+            model = to_int8(model)
         length, guessed = reading.context_length(model.config, tokenizer)
         length = min(length, self._settings.max_context or length)
         device = torch.device(self.machine().device)
@@ -335,7 +339,7 @@ class Loader:
             context_length=length,
             eos_ids=reading.end_ids(stated, tokenizer),
             device=device,
-            dtype=getattr(torch, chosen.dtype),
+            dtype=torch.float32 if chosen.method == "int8" else getattr(torch, chosen.dtype),
             source=source,
             folder=path,
             vision=False,

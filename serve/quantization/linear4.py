@@ -3,7 +3,8 @@
 AWQ and GPTQ files pack the same thing in different orders: codes q in 0..15, and for each group of
 inputs a scale s and a zero point z, weight = (q - z) * s. Both are turned once, at load, into one
 form: codes [out, in], and s and (8 - z) * s per group, which is what torch's int4 products take
-(CPU in float32, CUDA in bfloat16); where they cannot run, `widened` and a plain product do.
+in bfloat16 (on a CPU their float32 form is fifty times slower); where they cannot run, `widened`
+and a plain product do.
 Checked against the formats' own arithmetic in tests. Called by packed.py.
 """
 
@@ -72,12 +73,11 @@ class Linear4(nn.Module):
             codes = codes[:, group_of.argsort(stable=True)]
         scales = self.scales.float().T  # [out, groups]
         offset = (8.0 - zeros) * scales
-        dtype = self.scales.dtype
         self._scales_and_zeros = torch.stack([scales, offset], -1).transpose(0, 1).contiguous()
         for name in ("qweight", "qzeros", "scales", "g_idx"):
             if hasattr(self, name):
                 delattr(self, name)
-        self._keep(codes, dtype)
+        self._keep(codes)
 
     def _unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes int32 [out, in], zero points [out, groups], and which group an input is of, when
@@ -103,10 +103,11 @@ class Linear4(nn.Module):
             raise ValueError("its g_idx puts groups of unequal size together")
         self._order = group_of.argsort(stable=True)
 
-    def _keep(self, codes: Tensor, dtype: torch.dtype) -> None:
+    def _keep(self, codes: Tensor) -> None:
         fits = self._group in TORCH_GROUPS and self.in_features % self._group == 0
         if fits and codes.device.type == "cpu" and self.out_features % 16 == 0:
             self._packed = torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
+            self._scales_and_zeros = self._scales_and_zeros.bfloat16()
             return
         if fits and codes.is_cuda and _has_tinygemm(codes, self.in_features, self.out_features):
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).contiguous()
@@ -119,7 +120,7 @@ class Linear4(nn.Module):
         """The weights [out, in] as the checkpoint means them, inputs in this layer's own order."""
         if self._codes is None:
             one = torch.eye(self.in_features, device=self._scales_and_zeros.device, dtype=dtype)
-            return self._product(one).T
+            return self._product(one).T.to(dtype)
         codes = torch.stack([self._codes & 15, self._codes >> 4], -1).flatten(-2).float()
         scales, zeros = self._scales_and_zeros.float().unbind(-1)
         scales, zeros = (
@@ -140,13 +141,8 @@ class Linear4(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         if self._packed is None:
             return functional.linear(x, self.widened(x.dtype))
-        if x.is_cuda:
-            return torch._weight_int4pack_mm(
-                x.bfloat16().contiguous(), self._packed, self._group, self._scales_and_zeros
-            )
-        return torch._weight_int4pack_mm_for_cpu(
-            x.float().contiguous(), self._packed, self._group, self._scales_and_zeros
-        )
+        product = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
+        return product(x.bfloat16().contiguous(), self._packed, self._group, self._scales_and_zeros)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._packing}"

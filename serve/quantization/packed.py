@@ -20,8 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from serve.engine.kernels.experts import expert_weights
-from serve.engine.kernels.gpt_oss import Mxfp4Experts
+from serve.engine.kernels.experts import Mxfp4Experts, expert_weights
 from serve.quantization.linear4 import Linear4, Packing, as_linear4
 from serve.quantization.plan import Refused
 

@@ -84,11 +84,11 @@ class Weights:
             packed = self._expert_parameters()
             return packed + max(int((self.stored_bytes - packed * MXFP4_BYTES) / 2), 0)
         if self.stored_as in ("awq", "gptq", "bitsandbytes"):
-            outside = self._outside_linear()
+            outside = self.outside_linear()
             return outside + max(int((self.stored_bytes - outside * 2) / 0.53), 0)
         return self.stored_bytes // BYTES.get(self.stored_dtype, 2)
 
-    def _outside_linear(self) -> int:
+    def outside_linear(self) -> int:
         """Embedding and head, which quantizers leave as they are."""
         size = int(self.text.get("vocab_size") or 0) * int(self.text.get("hidden_size") or 0)
         tied = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings", False))
@@ -205,16 +205,17 @@ def _converted(weights: Weights, wanted: Literal["bnb4", "int8"], machine: Machi
     if wanted == "int8":
         if machine.device != "cpu":
             raise Refused("QUANT_TYPE=int8 is for the CPU", "Set QUANT_TYPE=auto or bnb4.")
-        needed = _with_room(weights.parameters() * 4, machine)
+        outside = weights.outside_linear()
+        needed = _with_room(weights.parameters() * 3 + outside * 2, machine)
         _must_fit(needed, machine, "while it is turned into int8")
-        return Plan("int8", "float32", needed)
+        return Plan("int8", "bfloat16", needed)
     if weights.experts:
         raise Refused(
             "QUANT_TYPE=bnb4 packs only linear layers, and this model keeps nearly all its weights "
             f"in its {weights.experts} experts, which would stay at 16 bits",
             "Set QUANT_TYPE=auto with an MXFP4 checkpoint such as openai/gpt-oss-20b.",
         )
-    outside = weights._outside_linear()
+    outside = weights.outside_linear()
     dtype = _compute_dtype(machine)
     packed = (weights.parameters() - outside) * PACKED_BYTES + outside * BYTES[dtype]
     needed = _with_room(packed, machine)
@@ -224,7 +225,7 @@ def _converted(weights: Weights, wanted: Literal["bnb4", "int8"], machine: Machi
 
 def _packed(weights: Weights, stored: str, machine: Machine) -> Plan:
     dtype: DType = "float32" if machine.device == "cpu" else "float16"
-    outside = weights._outside_linear()
+    outside = weights.outside_linear()
     needed = _with_room(weights.stored_bytes + outside * (BYTES[dtype] - 2), machine)
     _must_fit(needed, machine, f"as {stored.upper()}")
     if stored == "bitsandbytes":
