@@ -14,12 +14,12 @@ from serve.formats.grammar import (
     MAX_SCHEMA_BYTES,
     MAX_SCHEMA_DEPTH,
     GrammarCompiler,
-    check_schema,
     json_rule,
     supported_keywords,
 )
 from serve.formats.harmony import HarmonyFormat
 from serve.formats.harmony_render import marks_of
+from serve.formats.schema_judge import WALL_SECONDS, judge
 from serve.formats.vocabulary import Vocabulary
 from serve.values import (
     ChatRequest,
@@ -148,7 +148,7 @@ FORMATS = {
 def test_every_keyword_that_readme_lists_is_held(keyword: str) -> None:
     schema, good, bad = HELD[keyword]
     assert keyword in json.dumps(schema)
-    check_schema(schema, "x")
+    compiler().check(schema, "x")
     assert may_write(schema, json.dumps(good))
     assert not may_write(schema, json.dumps(bad))
 
@@ -179,7 +179,7 @@ def test_every_string_format_that_readme_lists_is_held(name: str) -> None:
 )
 def test_what_cannot_be_held_is_refused_by_name(schema: dict[str, Any], word: str) -> None:
     with pytest.raises(InvalidRequest, match=word) as refused:
-        check_schema(schema, "response_format.json_schema.schema")
+        compiler().check(schema, "response_format.json_schema.schema")
     assert refused.value.param == "response_format.json_schema.schema"
     assert "state>" not in refused.value.message and "/" not in refused.value.message.replace(
         "https://example.org/x", ""
@@ -193,10 +193,38 @@ def test_a_schema_may_be_so_deep_and_no_deeper() -> None:
             inner = {"type": "object", "properties": {"a": inner}}
         return inner
 
-    check_schema(nested(MAX_SCHEMA_DEPTH), "x")
+    compiler().check(nested(MAX_SCHEMA_DEPTH), "x")
     for levels in (MAX_SCHEMA_DEPTH + 2, 500, 5000):
         with pytest.raises(InvalidRequest, match=r"deep|no JSON"):
-            check_schema(nested(levels), "x")
+            compiler().check(nested(levels), "x")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 99999989},
+        {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnopqrst"]},
+    ],
+)
+def test_a_schema_that_would_keep_a_compiler_busy_is_refused_in_time(
+    schema: dict[str, Any],
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(InvalidRequest, match="too long"):
+        compiler().check(schema, "tools[0].function.parameters")
+    assert time.monotonic() - began < WALL_SECONDS + 5
+    began = time.monotonic()
+    with pytest.raises(InvalidRequest):
+        compiler().check(schema, "tools[0].function.parameters")  # asked again, it is known
+    assert time.monotonic() - began < 1
+
+
+def test_plain_schemas_are_judged_without_another_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.formats.schema_judge.subprocess", None)
+    assert judge(json.dumps(PERSON)) == ""
+    assert "wrong" in judge('{"type": "wrong"}')
 
 
 def test_annotations_are_no_constraints() -> None:

@@ -345,7 +345,7 @@ def check(pieces: list[tuple[int, list[int]]]) -> None:
     ids = [token for _, piece in pieces for token in piece]
     found = read(maker()(), [ids])[0]
     fields = [text for _, _, text in found]
-    assert not any("<|" in text or "|>" in text for text in fields)
+    assert not any(mark in text for text in fields for mark in SPECIAL)
     if not may_say_header_words(pieces):
         for text in fields:
             names = [word.strip() for word in HEADER_WORDS]

@@ -12,7 +12,7 @@ from typing import Any
 from serve.engine.face import Grammar
 from serve.errors import Unsupported
 from serve.formats.dialects import CallSyntax, Reasoning
-from serve.formats.grammar import TEXT, GrammarCompiler, can_hold, check_schema, json_rule
+from serve.formats.grammar import TEXT, GrammarCompiler, json_rule
 from serve.formats.tag_parse import Mode
 from serve.values import ChatRequest, Tool
 
@@ -78,7 +78,7 @@ class _Rules:
             return "final"
         schema: Any = None
         if answer.kind == "json_schema" and answer.schema is not None:
-            check_schema(answer.schema, "response_format.json_schema.schema")
+            self._compiler.check(answer.schema, "response_format.json_schema.schema")
             schema = answer.schema
         self.lines.append(f"final: {json_rule(schema)}")
         return "final"
@@ -114,12 +114,12 @@ class _Rules:
         at = request.tools.index(tool)
         schema = tool.parameters or {"type": "object", "properties": {}}
         if tool.strict:
-            check_schema(schema, f"tools[{at}].function.parameters")
+            self._compiler.check(schema, f"tools[{at}].function.parameters")
         if syntax.kind == "xml":
             return self._xml(schema, at, tool.strict)
         if tool.strict:
             return json_rule(schema)
-        if forced and tool.parameters and can_hold(tool.parameters):
+        if forced and tool.parameters and self._compiler.can_hold(tool.parameters):
             return json_rule(tool.parameters, lenient=True)
         return json_rule(None)
 
@@ -149,6 +149,6 @@ class _Rules:
                 told = " | ".join(self._compiler.literal(str(value)) for value in values)
                 return [f"{name}: ({told}) {closes}"]
             return [f"{name}[lazy]: TEXT {closes}"]
-        known = isinstance(schema, dict) and can_hold(schema)
+        known = isinstance(schema, dict) and self._compiler.can_hold(schema)
         rule = json_rule(schema, lenient=True) if known else json_rule(None)
         return [f"{name}: {rule} {closes}"]

@@ -19,6 +19,7 @@ import llguidance
 
 from serve.engine.face import Grammar, Matcher
 from serve.errors import EngineFailed, InvalidRequest
+from serve.formats.schema_judge import LIMITS, judge
 from serve.formats.vocabulary import Vocabulary
 from serve.values import JSONObject
 
@@ -28,14 +29,6 @@ KEPT_GRAMMARS = 64
 
 # Whitespace inside JSON is bounded: a model that has nothing to say would fill its budget with it.
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
-_LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,
-}
 # Any text without control tokens.
 TEXT = r"TEXT: /(.|\n)*/"
 
@@ -65,12 +58,37 @@ class GrammarCompiler:
         self._end_ids = sorted(end_ids)
         self._index: llguidance.LLTokenizer | None = None
         self._kept: OrderedDict[str, _Compiled] = OrderedDict()
+        self._judged: OrderedDict[str, str] = OrderedDict()
         self._lock = Lock()
+        self._judging = Lock()
 
     def warm(self) -> None:
         """Build the index now instead of at the first request that needs it."""
         with self._lock:
             self._indexed()
+
+    def check(self, schema: JSONObject, param: str) -> None:
+        """Refuse a schema that cannot be held, naming the keyword: too large, too deep, too slow to
+        prepare, not supported."""
+        written = _written(schema, param)
+        with self._judging:
+            told = self._judged.get(written)
+        if told is None:
+            told = judge(written)  # beside other requests: it may take seconds
+            with self._judging:
+                self._judged[written] = told
+                if len(self._judged) > KEPT_GRAMMARS:
+                    self._judged.popitem(last=False)
+        if told:
+            raise InvalidRequest(_said(told), param=param)
+
+    def can_hold(self, schema: JSONObject) -> bool:
+        """Whether `json_rule(schema, lenient=True)` would compile."""
+        try:
+            self.check({**schema, "x-guidance": {"lenient": True}}, "")
+        except InvalidRequest:
+            return False
+        return True
 
     def compile(self, lark: str, *, param: str) -> Grammar:
         """A grammar of the whole answer. Raises InvalidRequest naming `param` when what the request
@@ -79,7 +97,7 @@ class GrammarCompiler:
             if lark in self._kept:
                 self._kept.move_to_end(lark)
                 return self._kept[lark]
-            limits = llguidance.LLParserLimits(**_LIMITS)
+            limits = llguidance.LLParserLimits(**LIMITS)
             source = llguidance.LLMatcher.grammar_from_lark(lark)
             made = llguidance.LLMatcher(self._indexed(), source, log_level=0, limits=limits)
             if made.is_error():
@@ -120,37 +138,22 @@ def json_rule(schema: JSONObject | None, *, lenient: bool = False) -> str:
     return "%json " + json.dumps(body, ensure_ascii=True)
 
 
-def check_schema(schema: JSONObject, param: str) -> None:
-    """Refuse a schema that cannot be held, naming the keyword: too large, too deep, not supported.
-    Cheap: needs no vocabulary."""
+def _written(schema: JSONObject, param: str) -> str:
+    """The schema as JSON, of bounded size and depth."""
     try:
-        size = len(json.dumps(schema))
+        written = json.dumps(dict(schema))
     except (TypeError, ValueError, RecursionError):
         raise InvalidRequest("The schema is no JSON.", param=param) from None
-    if size > MAX_SCHEMA_BYTES:
+    if len(written) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(
-            f"The schema has {size} bytes; at most {MAX_SCHEMA_BYTES} are taken.", param=param
+            f"The schema has {len(written)} bytes; at most {MAX_SCHEMA_BYTES} are taken.",
+            param=param,
         )
     if _depth(schema) > MAX_SCHEMA_DEPTH:
         raise InvalidRequest(
             f"The schema is nested deeper than {MAX_SCHEMA_DEPTH} levels.", param=param
         )
-    told = llguidance.LLMatcher.validate_grammar(
-        llguidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(schema))),
-        limits=llguidance.LLParserLimits(**_LIMITS),
-    )
-    if told and not told.startswith("WARNING"):
-        raise InvalidRequest(_said(told), param=param)
-
-
-def can_hold(schema: JSONObject) -> bool:
-    """Whether `json_rule(schema, lenient=True)` would compile."""
-    body = {**schema, "x-guidance": {"lenient": True}}
-    try:
-        check_schema(body, "")
-    except InvalidRequest:
-        return False
-    return True
+    return written
 
 
 def _depth(schema: Any) -> int:

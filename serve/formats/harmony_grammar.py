@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from serve.engine.face import Grammar
-from serve.formats.grammar import TEXT, GrammarCompiler, can_hold, check_schema, json_rule
+from serve.formats.grammar import TEXT, GrammarCompiler, json_rule
 from serve.formats.harmony_render import Marks
 from serve.values import ChatRequest, Tool
 
@@ -27,10 +27,14 @@ def harmony_grammar(
     lines = [TEXT]
     ways = []
     for i, tool in enumerate(tools):
-        lines.append(f"call_{i}: {_header(marks, tool)} {arguments_rule(request, tool, forced)}")
+        lines.append(
+            f"call_{i}: {_header(marks, tool)} {_arguments(compiler, request, tool, forced)}"
+        )
         ways.append(f"call_{i}")
     if not forced:
-        lines.append(f'final: <[{marks.channel}]> "final" <[{marks.message}]> {_final(request)}')
+        lines.append(
+            f'final: <[{marks.channel}]> "final" <[{marks.message}]> {_final(compiler, request)}'
+        )
         ways.append("final")
     free = '"analysis"' if answer.kind != "text" else '("analysis" | "commentary")'
     lines += [
@@ -47,26 +51,26 @@ def _header(marks: Marks, tool: Tool) -> str:
     return f'<[{marks.channel}]> {recipient} <[{marks.constrain}]> "json" <[{marks.message}]>'
 
 
-def _final(request: ChatRequest) -> str:
+def _final(compiler: GrammarCompiler, request: ChatRequest) -> str:
     answer = request.response_format
     if answer.kind == "text":
         return "TEXT"
     if answer.kind == "json_schema" and answer.schema is not None:
-        check_schema(answer.schema, "response_format.json_schema.schema")
+        compiler.check(answer.schema, "response_format.json_schema.schema")
         return json_rule(answer.schema)
     return json_rule(None)
 
 
-def arguments_rule(request: ChatRequest, tool: Tool, forced: bool) -> str:
+def _arguments(compiler: GrammarCompiler, request: ChatRequest, tool: Tool, forced: bool) -> str:
     """A strict tool's arguments are held to its schema; a forced call's as far as the schema can be
     held; any other's are what the model writes."""
     if tool.strict:
         at = request.tools.index(tool)
         schema = tool.parameters or {"type": "object", "properties": {}}
-        check_schema(schema, f"tools[{at}].function.parameters")
+        compiler.check(schema, f"tools[{at}].function.parameters")
         return json_rule(schema)
     if not forced:
         return "TEXT"
-    if tool.parameters and can_hold(tool.parameters):
+    if tool.parameters and compiler.can_hold(tool.parameters):
         return json_rule(tool.parameters, lenient=True)
     return json_rule(None)

@@ -48,7 +48,9 @@ class TemplateFormat:
         self._habits = replace(self._template.habits, images=sight is not None)
         self._reasoning = reasoning_of(self._template.source)
         self._syntax = calls_of(self._template.source) if self._template.takes_tools else None
-        self._grammars = GrammarCompiler(vocabulary, eos_ids)
+        own_end = vocabulary.tokenizer.eos_token_id
+        ends = eos_ids | ({int(own_end)} if own_end is not None else set())
+        self._grammars = GrammarCompiler(vocabulary, ends)
         self._openings: dict[str, Mode] = {}
 
     def capabilities(self) -> Capabilities:
