@@ -40,7 +40,24 @@ def files_tree() -> str:
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-PARTS: dict[str, Callable[[], str]] = {"settings": settings_table, "files": files_tree}
+def fields_tables() -> str:
+    from serve.wire.tables import fields_markdown
+
+    return fields_markdown()
+
+
+def limits_table() -> str:
+    from serve.wire.tables import limits_markdown
+
+    return limits_markdown()
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "settings": settings_table,
+    "fields": fields_tables,
+    "limits": limits_table,
+    "files": files_tree,
+}
 
 
 def rewritten(text: str) -> str:
