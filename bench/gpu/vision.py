@@ -22,18 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from serve.engine.config import EngineConfig  # noqa: E402
-from serve.engine.engine import PagedEngine  # noqa: E402
-from serve.engine.face import (  # noqa: E402
+from serve.engine.config import EngineConfig
+from serve.engine.engine import PagedEngine
+from serve.engine.face import (
     BlockingMailbox,
     Ended,
     GenerationRequest,
     Prompt,
     Tokens,
 )
-from serve.engine.seeing import create_seeing_engine  # noqa: E402
-from serve.formats.images import VisionInputs  # noqa: E402
-from serve.values import Sampling  # noqa: E402
+from serve.engine.seeing import create_seeing_engine
+from serve.formats.images import VisionInputs
+from serve.values import Sampling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW = 128
@@ -42,7 +42,7 @@ TEXT = 40
 
 @dataclass(frozen=True)
 class Asked:
-    """One request: ids with room for its picture, and the picture as the processor would give it."""
+    """One request: ids with room for its picture, and the picture as a processor would give it."""
 
     ids: tuple[int, ...]
     pixels: torch.Tensor
@@ -72,9 +72,15 @@ def made_model(small: bool) -> Any:
         "fullatt_block_indexes": [7, 15, 23, 31],
     }  # fmt: skip
     if small:
-        text |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160000,
-                 "rope_parameters": text["rope_parameters"] | {"mrope_section": [8, 12, 12]}}  # fmt: skip
+        rope = text["rope_parameters"] | {"mrope_section": [8, 12, 12]}
+        text |= {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": rope,
+        }
         vision |= {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128,
                    "out_hidden_size": 256, "fullatt_block_indexes": [1]}  # fmt: skip
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
@@ -170,7 +176,7 @@ def speed(small: bool = False) -> None:
 
 def check() -> None:
     """Every family's ids, several requests at once, beside generate's one by one."""
-    from tests.test_vision_engine import ANSWER, Seeing, conversations, format_of, submitted
+    from tests.seeing import ANSWER, Seeing, conversations, format_of, submitted
     from tests.tiny_vision import FAMILIES
 
     torch.backends.cuda.matmul.allow_tf32 = False
