@@ -278,7 +278,8 @@ class Loader:
         try:
             model, tokenizer = load_gguf(path, getattr(torch, chosen.dtype))
         except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise Refused(f"{path.name} cannot be read as GGUF: {error}") from error
+            fix = "Use a file of another quantization, or a folder of safetensors."
+            raise Refused(f"{path.name} cannot be read as GGUF: {error}", fix) from error
         stated = {model.config.eos_token_id} - {None}
         return self._finish(model.eval(), tokenizer, stated, chosen, name, source, path)
 
@@ -287,7 +288,8 @@ class Loader:
         from serve.quantization.processor import load_processor
 
         if not folder.is_dir():
-            raise Refused(f"{folder.name} is neither a folder nor a .gguf file")
+            fix = "Set MODEL_LOCAL_PATH to a folder or a .gguf file."
+            raise Refused(f"{folder.name} is neither a folder nor a .gguf file", fix)
         weights = reading.read_weights(folder)
         chosen = self._plan(weights)
         tokenizer = reading.load_tokenizer(folder)

@@ -182,7 +182,10 @@ def load_weights(
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
-        raise Refused(f"transformers cannot load it: {_first_line(error)}") from error
+        raise Refused(
+            f"transformers cannot load it: {_first_line(error)}",
+            "Check the folder against the model's page, or name another model.",
+        ) from error
     return model.eval()
 
 

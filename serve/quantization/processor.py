@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 log = logging.getLogger(__name__)
 
 _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -31,7 +33,23 @@ def load_processor(folder: Path) -> Any | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         log.warning("The model could see, but its image processor fails: %s", reason[:300])
         return None
-    return processor if hasattr(processor, "image_processor") else None
+    if hasattr(processor, "image_processor") and _shows_pictures(processor):
+        return processor
+    log.warning("The model could see, but its chat template has no place for a picture.")
+    return None
+
+
+def _shows_pictures(processor: Any) -> bool:
+    """Whether its chat template writes something where a content part says "image"."""
+    words = {"type": "text", "text": "x"}
+    try:
+        plain, shown = (
+            processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+            for parts in ([words], [{"type": "image"}, words])
+        )
+    except (TemplateError, *_FAILS):
+        return False
+    return bool(plain != shown)
 
 
 def _load(folder: Path) -> Any:
