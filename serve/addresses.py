@@ -97,14 +97,13 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 class Fetcher:
     """Gets pictures for requests. `allowed` False refuses every address with what to set.
 
-    `resolver`, `may_reach` and `context` are for tests, which have no internet.
+    `resolver`, `may_reach` and `connect_port` are for tests, which have no internet.
     """
 
     allowed: bool
     resolver: Resolver = resolve
     may_reach: Callable[[str], bool] = is_public
     connect_port: Callable[[int], int] = int
-    context: ssl.SSLContext | None = None
     _turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
 
     async def get(self, url: str, where: str) -> bytes:
@@ -149,7 +148,7 @@ class Fetcher:
         reader, writer = await asyncio.open_connection(
             found[0],
             self.connect_port(address.port),
-            ssl=(self.context or ssl.create_default_context()) if secure else None,
+            ssl=ssl.create_default_context() if secure else None,
             server_hostname=address.host.rstrip(".") if secure else None,
         )
         try:

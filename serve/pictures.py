@@ -12,6 +12,7 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from io import BytesIO
 
 from PIL import Image, ImageOps
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20 * 1024 * 1024
 MAX_IMAGES = 16
+MAX_PIXELS_TOGETHER = 100_000_000
 
 _FORMATS = {
     "image/png": "PNG",
@@ -68,6 +70,23 @@ def check(data: bytes, where: str) -> str:
         raise _unreadable(where)
     _check_pixels(size, where)
     return kind
+
+
+def check_together(parts: Sequence[ImagePart]) -> None:
+    """The pictures of one request, which are in memory at the same time. Raises InvalidRequest
+    naming the first that is too much."""
+    total = 0
+    for number, part in enumerate(parts):
+        width, height = header_size(part.data) or (0, 0)
+        total += width * height
+        if number < MAX_IMAGES and total <= MAX_PIXELS_TOGETHER:
+            continue
+        raise InvalidRequest(
+            f"'{part.where or 'messages'}': a request may have {MAX_IMAGES} pictures and "
+            f"{MAX_PIXELS_TOGETHER // 1_000_000} megapixels together, those of earlier turns "
+            "included. Leave out older ones, or send smaller ones.",
+            param=part.where or "messages",
+        )
 
 
 def media_type(data: bytes) -> str | None:

@@ -149,3 +149,18 @@ def test_pillows_pixels_are_the_rule_written_out(processors: dict[str, Any]) -> 
     wanted = (np.asarray(resized, np.float32) / 255 - processor.image_mean) / processor.image_std
     found = _vision(prompt).tensors["pixel_values"][0].permute(1, 2, 0)
     assert torch.allclose(found, torch.from_numpy(wanted.astype(np.float32)), atol=0.02)
+
+
+def test_a_processor_whose_template_has_no_place_for_a_picture_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = FAMILIES["Llava"](tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    )
+    assert load_processor(folder) is None
+    assert "no place for a picture" in caplog.text
+    (folder / "processor_config.json").unlink()
+    (folder / "config.json").write_text("{}")
+    assert load_processor(folder) is None
+    assert "its image processor fails" in caplog.text

@@ -211,3 +211,16 @@ def test_any_bytes_behind_a_signature_are_read_or_refused(start: bytes, rest: by
         assert pictures.decode(part(start + rest)).mode == "RGB"
     except InvalidRequest as refused:
         assert refused.param == WHERE
+
+
+def test_together_they_may_be_so_many_and_so_large() -> None:
+    small, large = encoded(drawn((8, 8)), "PNG"), png(6_000, 6_000, b"")
+    pictures.check_together([ImagePart(small)] * pictures.MAX_IMAGES)
+    pictures.check_together([ImagePart(large)] * 2)
+    named = [ImagePart(small, where=f"part {i}") for i in range(pictures.MAX_IMAGES + 2)]
+    with pytest.raises(InvalidRequest) as many:
+        pictures.check_together(named)
+    assert many.value.param == f"part {pictures.MAX_IMAGES}"
+    with pytest.raises(InvalidRequest) as much:
+        pictures.check_together([ImagePart(large, where=f"part {i}") for i in range(4)])
+    assert much.value.param == "part 2" and "megapixels" in much.value.message

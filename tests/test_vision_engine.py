@@ -16,7 +16,7 @@ from serve.engine.attention import Layout
 from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine
-from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt
+from serve.engine.face import BlockingMailbox, Ended, GenerationRequest, Prompt, Tokens
 from serve.engine.seeing import create_seeing_engine, misfit
 from serve.engine.solo import SoloRunner
 from serve.engine.vision import FeatureCache, Features, Vision, separate
@@ -243,3 +243,35 @@ def test_a_step_that_only_goes_on_after_its_pictures_is_one_of_plain_ids(
         engine.close()
     assert len(plain_steps) >= ANSWER - 2
     assert any(any(shifts) for shifts in plain_steps) == vision._has_axes
+
+
+def test_one_at_a_time_still_means_choices_seeds_cancelling_and_turns(tmp_path: Path) -> None:
+    seeing = Seeing(tmp_path, FAMILIES["Gemma 3"])
+    engine = engine_of(seeing)
+    try:
+        rendered = seeing.format.render(request(0, 1))
+        drawn = Sampling(temperature=1.0, seed=5, max_tokens=6, n=2, logprobs=2, ignore_eos=True)
+        endless = Sampling(temperature=0.0, ignore_eos=True)
+        told: list[dict[int, list[int]]] = []
+        stuck = BlockingMailbox()
+        number = engine.submit(GenerationRequest(rendered.prompt, endless), stuck)
+        boxes = [BlockingMailbox(), BlockingMailbox()]
+        for box in boxes:
+            engine.submit(GenerationRequest(rendered.prompt, drawn), box)
+        behind = submitted(engine, seeing.format, request(2))
+        engine.cancel(number)
+        assert [m for m in stuck if isinstance(m, Ended)][0].outcome == "cancelled"
+        for box in boxes:
+            found: dict[int, list[int]] = {}
+            for message in box:
+                if isinstance(message, Tokens):
+                    found.setdefault(message.choice, []).extend(message.ids)
+                    assert len(message.scores) == len(message.ids)
+                elif isinstance(message, Ended):
+                    assert (message.outcome, message.cached_tokens) == ("finished", 0)
+            told.append(found)
+        assert told[0] == told[1], "the same seed draws the same ids"
+        assert told[0][0] != told[0][1] and all(len(ids) == 6 for ids in told[0].values())
+        assert answered(behind)[0] == seeing.expected(request(2))
+    finally:
+        engine.close()

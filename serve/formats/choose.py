@@ -10,7 +10,7 @@ from typing import Any
 from serve.formats.base import ChatFormat
 from serve.formats.harmony import HarmonyFormat
 from serve.formats.harmony_render import MARKERS, marks_of
-from serve.formats.images import Sight, shows_pictures
+from serve.formats.images import Sight
 from serve.formats.template import TemplateFormat
 from serve.formats.vocabulary import Vocabulary
 
@@ -25,7 +25,7 @@ def choose(
     """`vocabulary_size` is how many ids the model's output layer has; it may be more than the
     tokenizer knows. `processor` is a vision model's, None for one that only reads."""
     sight = None
-    if processor is not None and shows_pictures(processor):
+    if processor is not None:
         sight = Sight(processor)
         tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
     vocabulary = Vocabulary(tokenizer, vocabulary_size)

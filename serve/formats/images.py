@@ -15,18 +15,15 @@ from threading import Lock
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from PIL import Image
 
 from serve import pictures
 from serve.engine.face import Prompt
-from serve.errors import InvalidRequest
 from serve.values import ImagePart, Message
 
 Turn = dict[str, Any]
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -57,12 +54,7 @@ class Sight:
         """`conversation` is `messages` as the template takes them, with {"type": "image"} where a
         picture goes. Raises InvalidRequest, or what the template raises."""
         parts = [part for message in messages for part in message.images]
-        if len(parts) > pictures.MAX_IMAGES:
-            raise InvalidRequest(
-                f"The conversation has {len(parts)} pictures; at most {pictures.MAX_IMAGES} are "
-                "allowed in a request. Leave out older ones.",
-                param=parts[pictures.MAX_IMAGES].where or "messages",
-            )
+        pictures.check_together(parts)
         with self._lock:
             shown = [pictures.decode(part) for part in parts]
             keys = tuple(
@@ -94,17 +86,6 @@ class Sight:
             **options,
         )
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-
-
-def shows_pictures(processor: Any) -> bool:
-    """Whether the processor's chat template puts a picture where a content part says "image"."""
-    try:
-        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-        plain = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
-        with_picture = processor.apply_chat_template(asked, tokenize=False)
-        return bool(with_picture != processor.apply_chat_template(plain, tokenize=False))
-    except _REFUSALS:
-        return False
 
 
 def _with_pictures(conversation: Sequence[Turn], shown: Sequence[Image.Image]) -> list[Turn]:
