@@ -28,7 +28,7 @@ def survey_kernel(
     best = tl.max(x, 0)
     temperature = tl.load(temperatures_ptr + row)
     cold = tl.where(temperature > 0, temperature, 1.0)
-    odds = tl.where(x > float("-inf"), tl.exp((x - best) / cold), 0.0)
+    odds = tl.exp((x - tl.where(best > float("-inf"), best, 0.0)) / cold)
     tl.store(best_ptr + row * CHUNKS + chunk, best)
     tl.store(sums_ptr + row * CHUNKS + chunk, tl.sum(odds, 0))
     tl.store(ids_ptr + row * CHUNKS + chunk, chunk * CHUNK + tl.argmax(x, 0))

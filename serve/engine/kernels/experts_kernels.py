@@ -91,7 +91,7 @@ def _find(
 def _load(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, row: tl.tensor, real: tl.tensor,
     n: tl.tensor, at: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
-    STEP: tl.constexpr, EDGE: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr,
 ) -> tl.tensor:
     """Weight rows `n` and activation rows `row`, words at..at + STEP of each: words, scales and
     the activations' four quarters. Rows beyond N, and with EDGE words beyond Q, read as zero."""
@@ -100,7 +100,7 @@ def _load(
     words_at = words_ptr + n[:, None] * Q + k[None, :]
     scales_at = scales_ptr + n[:, None] * GROUPS + g[None, :]
     there = real[None, :]
-    if EDGE or N % n.shape[0] != 0:
+    if EDGE or N % BN != 0:
         held = (n < N)[:, None]
         words = tl.load(words_at, mask=held & (k < Q)[None, :], other=0)
         scales = tl.load(scales_at, mask=held & (g < GROUPS)[None, :], other=0)
@@ -132,7 +132,7 @@ def _add(
 @triton.jit
 def _multiply(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, row: tl.tensor, real: tl.tensor,
-    n: tl.tensor, split: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
+    n: tl.tensor, split: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, FAST: tl.constexpr,
 ) -> tl.tensor:
     """[len(n), len(row)] float32: weight rows times activation rows over one split of the words.
@@ -151,18 +151,20 @@ def _multiply(
         mine = real & (split + row * 0 == SPLITS - 1)
     if EARLY:
         words, scales, x0, x1, x2, x3 = _load(
-            x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP, N, Q, GROUPS, TAIL, True
+            x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP,
+            N, Q, GROUPS, BN, TAIL, True,
         )
     first = split * SHARE
     for at in tl.range(first, tl.minimum(STEPS * STEP, first + SHARE), STEP, num_stages=STAGES):
         w, s, y0, y1, y2, y3 = _load(
-            x_ptr, words_ptr, scales_ptr, row, real, n, at, N, Q, GROUPS, STEP, False
+            x_ptr, words_ptr, scales_ptr, row, real, n, at, N, Q, GROUPS, BN, STEP, False
         )
         acc = _add(acc, w, s, y0, y1, y2, y3, STEP, FAST)
     if LEFT > 0:
         if not EARLY:
             words, scales, x0, x1, x2, x3 = _load(
-                x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP, N, Q, GROUPS, TAIL, True
+                x_ptr, words_ptr, scales_ptr, row, mine, n, STEPS * STEP,
+                N, Q, GROUPS, BN, TAIL, True,
             )
         acc = _add(acc, words, scales, x0, x1, x2, x3, TAIL, FAST)
     return acc
@@ -185,7 +187,7 @@ def gate_up_kernel(
         acc = _multiply(
             x_ptr, words_ptr + expert.to(tl.int64) * (N * Q),
             scales_ptr + expert.to(tl.int64) * (N * GROUPS), pairs // TOP_K, real, n, 0,
-            N, Q, GROUPS, STEP, STAGES, 1, FAST,
+            N, Q, GROUPS, BN, STEP, STAGES, 1, FAST,
         )
         acc += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         both = tl.permute(tl.reshape(acc, (BN // 2, 2, BT)), (0, 2, 1))
@@ -218,7 +220,7 @@ def down_kernel(
         acc = _multiply(
             x_ptr, words_ptr + expert.to(tl.int64) * (N * Q),
             scales_ptr + expert.to(tl.int64) * (N * GROUPS), pairs, real, n, split,
-            N, Q, GROUPS, STEP, STAGES, SPLITS, FAST,
+            N, Q, GROUPS, BN, STEP, STAGES, SPLITS, FAST,
         )
         bias = tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0)
         bias = tl.where(split == 0, bias.to(tl.float32), 0.0)
