@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.quantization.folder import read_config
+from serve.quantization.folder import is_whole, read_config
 from serve.quantization.machine import Machine, can_hold_mxfp4, this_machine
 from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
 from serve.settings import Settings
@@ -204,7 +204,10 @@ class Loader:
 
     def _fetched_earlier(self, hub: str, name: str) -> Path | None:
         folder = self._folder(self._hubs.reference(hub, name))
-        return folder if is_complete(folder) else self._hubs.cached(hub, name)
+        if is_complete(folder):
+            return folder
+        cached = self._hubs.cached(hub, name)
+        return cached if cached is not None and is_whole(cached) else None
 
     # -- does it fit -------------------------------------------------------------------------------
 

@@ -87,6 +87,19 @@ def test_the_next_start_needs_no_hub(hub: FakeHub, tmp_path: Path) -> None:
     assert "fetched earlier" in again.source
 
 
+def test_a_hubs_own_cache_is_used_when_whole_and_ignored_when_not(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tiny_llama(tmp_path / "cache")
+    monkeypatch.setattr("serve.sources.huggingface.cached", lambda reference: cache)
+    named = {"MODEL_IDS": "o/tiny-llama", "HF_ENDPOINT": hub.base}
+    assert Road(tmp_path, **named).load().folder == cache
+    weights = cache / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    loaded = Road(tmp_path, **named).load()
+    assert loaded.source == "Hugging Face" and loaded.folder != cache
+
+
 def test_hub_order_is_obeyed(hub: FakeHub, tmp_path: Path) -> None:
     both = {"HF_ENDPOINT": hub.base, "MODELSCOPE_ENDPOINT": hub.base, "MODEL_IDS": "o/tiny-llama"}
     first = Road(tmp_path / "1", HUB_ORDER="modelscope,huggingface", **both).load()

@@ -68,6 +68,15 @@ def read_weights(folder: Path) -> Weights:
     return Weights(config, sum(file.stat().st_size for file in files))
 
 
+def is_whole(folder: Path) -> bool:
+    """False for a folder that another program's broken download left (a hub's cache may)."""
+    try:
+        read_weights(folder)
+    except Refused:
+        return False
+    return True
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Every safetensors file that the model consists of. Raises Refused when one is missing."""
     index = folder / "model.safetensors.index.json"
