@@ -19,13 +19,15 @@ import logging
 import signal
 import socket
 import threading
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from serve.settings import PUBLIC_MODEL_NAME, BadSetting, Settings, from_env, prepare_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serve.engine.face import Engine
     from serve.keys import KeyRing
     from serve.limits import Budgets
     from serve.model import LoadedModel
@@ -70,7 +72,8 @@ def port_problem(host: str, port: int) -> str | None:
 
 def serve(settings: Settings) -> int:
     """Bind first, load in a thread: the page is up while weights come. Returns the exit code."""
-    from starlette.middleware import Middleware
+    if settings.is_zero_gpu:
+        import spaces  # noqa: F401  (it has to come before torch and gradio)
 
     from openai_compat import create_api
     from serve.keys import KeyRing
@@ -83,24 +86,24 @@ def serve(settings: Settings) -> int:
     api = create_api(service, keys, settings, budgets)
     page = create_page(service, visit_of=visits(keys, budgets, settings))
     options = launch_options(service)
-    first_paint, arguments = options["middleware"]
+    api["middleware"] += middleware(options["middleware"], settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if settings.is_zero_gpu:
+        load(service, settings)  # there launch() hands over what the main thread has loaded
     page.launch(
         server_name=settings.host,
         server_port=settings.port,
         prevent_thread_lock=True,
         quiet=True,
-        app_kwargs={
-            **api,
-            "middleware": [*api["middleware"], Middleware(first_paint, **arguments)],
-        },
+        app_kwargs=api,
         **options["launch"],
     )
     base = f"http://{local_name(settings.host)}:{settings.port}"
     print(f"Page: {base}/   API: {base}/v1", *keys.announcement(base), sep="\n", flush=True)
-    threading.Thread(target=load, args=(service, settings), name="loader", daemon=True).start()
+    if not settings.is_zero_gpu:
+        threading.Thread(target=load, args=(service, settings), name="loader", daemon=True).start()
     stop.wait()
     log.info("Stopping: running answers get %.0f s to end.", DRAIN_SECONDS)
     page.server.config.timeout_graceful_shutdown = 2
@@ -108,6 +111,16 @@ def serve(settings: Settings) -> int:
     page.close(verbose=False)
     gc.freeze()  # the interpreter's last collections over all these modules take seconds
     return 0
+
+
+def middleware(first_paint: tuple[Any, dict[str, Any]], settings: Settings) -> list[Any]:
+    from starlette.middleware import Middleware
+
+    from serve.ui.lent import VisitorContext
+
+    kind, arguments = first_paint
+    lent = [Middleware(VisitorContext)] if settings.is_zero_gpu else []
+    return [Middleware(kind, **arguments), *lent]
 
 
 def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> Callable[[str, str, str], Visit]:
@@ -138,15 +151,17 @@ def load(service: Service, settings: Settings) -> None:
     while True:
         try:
             loaded = sources.load() if wanted is None else sources.load_offered(wanted)
-            service.attach(assemble(loaded, settings))
+            served = assemble(loaded, settings)
+            service.attach(served)
             service.offer(sources.offered())
+            served.format.warm()
         except loader.LoadFailed as failed:
             log.error("%s", failed)
             service.fail(str(failed))
         except Exception:  # the thread's boundary: without it the page would say "loading" for ever
             log.exception("Loading broke")
             service.fail("Loading broke; the log has the details.")
-        wanted = service.wait_for_switch()
+        wanted = None if settings.is_zero_gpu else service.wait_for_switch()
         if wanted is None:
             return
         previous = service.detach()
@@ -163,7 +178,8 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
     from serve.service import ServedModel
 
     create = create_engine if loaded.processor is None else create_seeing_engine
-    engine = create(
+    build = partial(
+        create,
         loaded.model,
         eos_ids=loaded.eos_ids,
         context_length=loaded.context_length,
@@ -173,10 +189,21 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
         ),
     )
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    engine = per_request(build, vocabulary, loaded) if settings.is_zero_gpu else build()
     spoken = choose(
         loaded.tokenizer, loaded.model_type, loaded.eos_ids, vocabulary, loaded.processor
     )
     return ServedModel(loaded.card(spoken.capabilities()), spoken, engine)
+
+
+def per_request(build: Callable[[], Engine], vocabulary: int, loaded: LoadedModel) -> Engine:
+    """The engine where a GPU is lent for one request at a time."""
+    import spaces
+
+    from serve.engine.zerogpu import PerRequestEngine, duration, worker_task
+
+    task = spaces.GPU(worker_task(build), duration=duration)
+    return PerRequestEngine(task, vocabulary=vocabulary, context_length=loaded.context_length)
 
 
 if __name__ == "__main__":

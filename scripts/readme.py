@@ -52,10 +52,20 @@ def limits_table() -> str:
     return limits_markdown()
 
 
+def keywords() -> str:
+    from serve.formats.grammar import supported_keywords
+
+    return "\n".join(
+        f"- {name}: " + ", ".join(f"`{word}`" for word in words)
+        for name, words in supported_keywords().items()
+    )
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "fields": fields_tables,
     "limits": limits_table,
+    "keywords": keywords,
     "files": files_tree,
 }
 

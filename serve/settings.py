@@ -213,6 +213,9 @@ class Settings:
     rate_limit_tokens: int = _variable(
         "RATE_LIMIT_TOKENS", _whole(0, 10**10), 0, "tokens per minute and key; 0: no limit"
     )
+    is_zero_gpu: bool = _variable(
+        "SPACES_ZERO_GPU", _switch, False, "set by Hugging Face on ZeroGPU: one request at a time"
+    )
     rate_limit_concurrent: int = _variable(
         "RATE_LIMIT_CONCURRENT", _whole(0, 100_000), 0, "requests at once per key; 0: no limit"
     )

@@ -95,6 +95,9 @@ class ByteFormat:
     def capabilities(self) -> Capabilities:
         return Capabilities(None, True, True, ("low", "medium", "high"))
 
+    def warm(self) -> None:
+        pass
+
     def render(self, request: ChatRequest) -> Rendered:
         return Rendered(Prompt(tuple(request.messages[-1].text.encode())), frozenset({END}))
 

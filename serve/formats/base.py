@@ -66,6 +66,10 @@ class ChatFormat(Protocol):
 
     def parser(self, request: ChatRequest, choice: int = 0) -> StreamParser: ...
 
+    def warm(self) -> None:
+        """Build now what the first structured answer would wait for; may take seconds."""
+        ...
+
     def render_text(self, request: TextRequest) -> Rendered:
         """A raw prompt: text is tokenized as it is (with the model's own begin token), ids are
         checked."""
