@@ -570,6 +570,17 @@ def test_the_page_follows_the_answer_only_while_the_reader_is_at_its_end(reader:
     assert scroller.evaluate(distance) < 5
 
 
+def test_the_end_of_an_answer_is_in_view_on_a_phone(browser: Browser, server: PageServer) -> None:
+    with Reader(browser, server.url, viewport=PHONE) as who:
+        for scene in ("hello", "maths", "code", "table"):
+            who.ask(scene)
+            who.page.wait_for_timeout(300)
+            row = who.last.locator(".actions").bounding_box()
+            dock = who.page.locator("#dock").bounding_box()
+            assert row is not None and dock is not None
+            assert row["y"] + row["height"] <= dock["y"] + 1, scene
+
+
 def test_a_phone_shows_the_conversation_and_the_box_without_scrolling_sideways(
     browser: Browser, server: PageServer
 ) -> None:

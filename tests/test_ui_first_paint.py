@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,15 @@ def test_the_state_of_the_model_is_told_to_everybody() -> None:
 def test_every_script_is_announced_early() -> None:
     page = get("/")[2].decode()
     for script in (ASSETS / "js").glob("*.js"):
-        assert f"ui/assets/js/{script.name}" in page
+        assert re.search(rf"\./ui/assets/\w+/js/{script.name}", page)
+
+
+def test_a_script_under_its_version_is_kept_for_good_and_under_another_is_not_found() -> None:
+    found = re.search(r"\./(ui/assets/(\w+)/js/main.js)", get("/")[2].decode())
+    assert found is not None
+    status, head, _ = get("/" + found[1])
+    assert status == 200 and "immutable" in head["cache-control"]
+    assert get("/" + found[1].replace(found[2], "0" * 12))[0] == 404
 
 
 def test_the_scripts_fetch_nothing_from_elsewhere() -> None:

@@ -63,7 +63,7 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    const area = el("textarea", { value: text, className: "hidden", readOnly: true });
+    const area = el("textarea", { value: text, className: "unseen", readOnly: true });
     document.body.append(area);
     area.select();
     const done = document.execCommand("copy");

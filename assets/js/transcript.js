@@ -4,7 +4,7 @@
 
 import { byId, copyText, el, icon, iconButton, showDone } from "./dom.js";
 import { draw } from "./markdown.js";
-import { drawNotes, errorBox, queueLine, statsLine } from "./notes.js";
+import { drawNotes, statsLine } from "./notes.js";
 import { t } from "./texts.js";
 
 const NEAR = 60;
@@ -65,10 +65,15 @@ export class Transcript {
   #watchScroll() {
     const { scroller } = this;
     let last = 0;
+    let moved = 0;
+    // A redrawn turn moves the text too; only the reader's own hand lets go of the end.
+    for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+      scroller.addEventListener(kind, () => (moved = Date.now()), { passive: true });
+    }
     scroller.addEventListener("scroll", () => {
       const distance = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-      // Only the reader scrolls up; growing text does not.
-      if (scroller.scrollTop < last - 1 && distance > 2) this.isFollowing = false;
+      const isByHand = Date.now() - moved < 1000;
+      if (isByHand && scroller.scrollTop < last - 1 && distance > 2) this.isFollowing = false;
       else if (distance < NEAR) this.isFollowing = true;
       last = scroller.scrollTop;
       byId("newest").hidden = this.isFollowing || distance < NEAR;
@@ -292,5 +297,3 @@ function pretty(text) {
     return text;
   }
 }
-
-export { errorBox, queueLine };

@@ -44,6 +44,7 @@ class FirstPaint:
         self._title = title
         self._boot = secrets.token_hex(8)  # another process: the page must start afresh
         self._files: dict[str, tuple[bytes, str]] = {}
+        self._digest = ""
         self._insert: tuple[str, str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +65,10 @@ class FirstPaint:
     # -- files -------------------------------------------------------------------------------------
 
     async def _asset(self, scope: Scope, send: Send, name: str) -> None:
+        # Under the scripts' version a file never changes; under its plain name, ask each time.
+        version, _, rest = name.partition("/")
+        is_versioned = version == self._version()
+        name = rest if is_versioned else name
         found = await asyncio.to_thread(self._read, name)
         if found is None:
             await _reply(scope, send, 404, b"not found", "text/plain", b"no-store")
@@ -74,8 +79,6 @@ class FirstPaint:
         if sent.get(b"if-none-match") == tag:
             await _reply(scope, send, 304, b"", media_type, b"no-cache", tag)
             return
-        # Named with the content's version, a file never changes; without it, ask each time.
-        is_versioned = b"v=" in scope.get("query_string", b"")
         keep = b"public, max-age=31536000, immutable" if is_versioned else b"no-cache"
         await _reply(scope, send, 200, body, media_type, keep, tag)
 
@@ -103,11 +106,9 @@ class FirstPaint:
         return page.replace("<gradio-app", shell + "\n<gradio-app", 1)
 
     def _head(self) -> str:
-        version = self._version()
+        root = f"{ASSET_ROOT}{self._version()}/"
         scripts = sorted(path.name for path in (self._assets / "js").glob("*.js"))
-        preload = "".join(
-            f'<link rel="modulepreload" href="./ui/assets/js/{name}">' for name in scripts
-        )
+        preload = "".join(f'<link rel="modulepreload" href=".{root}js/{name}">' for name in scripts)
         title = html.escape(self._title)
         return (
             f"<title>{title}</title>"
@@ -118,15 +119,18 @@ class FirstPaint:
             '<link rel="icon" type="image/svg+xml" href="./ui/assets/favicon.svg">'
             f"<style>{(self._assets / 'page.css').read_text()}</style>"
             f"<script>{(self._assets / 'early.js').read_text()}</script>"
-            f'{preload}<script type="module" src="./ui/assets/js/main.js"'
-            f' data-version="{version}"></script>'
+            f'{preload}<script type="module" src=".{root}js/main.js"></script>'
         )
 
     def _version(self) -> str:
-        digest = hashlib.sha256()
-        for path in sorted((self._assets / "js").glob("*.js")):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:12]
+        """Changes whenever a script does, ours or another's."""
+        if not self._digest:
+            digest = hashlib.sha256()
+            for folder in ("js", "vendor"):
+                for path in sorted((self._assets / folder).rglob("*")):
+                    digest.update(path.read_bytes() if path.is_file() else b"")
+            self._digest = digest.hexdigest()[:12]
+        return self._digest
 
 
 def status_json(status: Status) -> dict[str, Any]:
