@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu import made  # noqa: E402
+from bench.gpu import made, others  # noqa: E402
 from bench.gpu.timing import copy_terabytes, graph_microseconds  # noqa: E402
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss  # noqa: E402
 
@@ -191,6 +191,7 @@ def engine(model: Any) -> None:
         model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
     )
     print(f"engine ready in {time.perf_counter() - begin:.1f} s, graphs and compiling included")
+    serve(made_engine, 8, 1.0)
     for temperature in (0.0, 1.0):
         for streams in (1, 8, 32, 64, 128):
             rate, first = serve(made_engine, streams, temperature)
@@ -265,6 +266,9 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "prompts": prompts,
     "engine": engine,
     "memory": memory,
+    "load": others.load,
+    "dense": others.dense,
+    "stock": others.stock,
     "profile": profile,
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from serve.engine import sampling
 from serve.engine.attention import Call, Layout, TorchBackend
-from serve.engine.cache import GroupSpec
+from serve.engine.cache import BlockTable, GroupSpec
 from serve.engine.config import EngineConfig
 from serve.engine.kernels import attention, fused
 from serve.engine.kernels.draws import draw
@@ -32,11 +32,15 @@ from serve.engine.kernels.gpt_oss import Batch, FusedGptOss, splits_for
 from serve.engine.sampling import Draw
 from serve.engine.sequence import Sequence as Choice
 from serve.engine.sizing import LayerShape
+from serve.values import Sampling
 
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Batch sizes that graphs are captured for."""
+
+# float32 [2, rows]: temperatures (0: greedy) and noise in [0, 1).
+Draws = npt.NDArray[np.float32]
 
 # Logits [rows, vocabulary] of a batch's named rows (None: of all).
 Step = Callable[[Batch, Tensor | None], Tensor]
@@ -54,20 +58,28 @@ def supports(shapes: Sequence[LayerShape], config: Any, device: torch.device) ->
     )
 
 
-def plain_draws(choices: Sequence[Choice]) -> tuple[list[float], list[float]] | None:
-    """Each row's temperature (0: greedy) and noise, or None when a row's distribution is shaped by
-    anything else, which takes sampling.draw."""
-    temperatures, noise = [], []
-    for choice in choices:
-        o = choice.request.generation.sampling
-        is_shaped = o.top_p < 1 or o.top_k or o.min_p or o.logprobs is not None or o.logit_bias
-        is_bound = choice.request.counts_draws or o.min_tokens or choice.matcher is not None
-        if is_shaped or is_bound:
-            return None
-        is_greedy = o.temperature <= sampling.GREEDY_BELOW
-        temperatures.append(0.0 if is_greedy else o.temperature)
-        noise.append(sampling.uniform(choice.seed, choice.drawn))
-    return temperatures, noise
+def plain_temperature(o: Sampling) -> float | None:
+    """The temperature (0: greedy) when nothing else shapes a row's distribution, else None: such a
+    row takes sampling.draw."""
+    is_cut = o.top_p < 1 or o.top_k or o.min_p or o.logit_bias or o.min_tokens
+    is_penalized = o.frequency_penalty or o.presence_penalty or o.repetition_penalty != 1.0
+    if is_cut or is_penalized or o.logprobs is not None:
+        return None
+    return 0.0 if o.temperature <= sampling.GREEDY_BELOW else o.temperature
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
+    """sampling.uniform of each pair."""
+    mixed = _mix(np.array(seeds, np.uint64)) ^ np.array(positions, np.uint64)
+    return (_mix(mixed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """sampling.mix of each."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class KernelBackend(TorchBackend):
@@ -163,21 +175,19 @@ class GpuSteps:
         sizes = [size for size in SIZES if size < max_running]
         self._sizes = [*sizes, min(max_running, SIZES[-1])]
         most, groups = self._sizes[-1], len(columns)
-        self._numbers = _Mirror((2 + groups, most), torch.int64, self._device)
-        self._lengths = _Mirror((most,), torch.int32, self._device)
-        self._draws = _Mirror((2, most), torch.float32, self._device)
-        self._tables = [_Mirror((most, width), torch.int32, self._device) for width in columns]
+        self._inputs = _Inputs(most, groups, self._device)
+        self._tables = [_Tables(most, width, self._device) for width in columns]
         self._one_each = torch.arange(most + 1, dtype=torch.int32, device=self._device)
         self._out = torch.empty(most, dtype=torch.int64, pin_memory=True)
+        self._temperatures: dict[int, tuple[Sampling, float | None]] = {}
         self._graphs: dict[int, _Graph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture every size, the largest first so that the others fit in its memory."""
         began = time.monotonic()
-        self._fill_padding(0, self._sizes[-1])
-        for mirror in (self._numbers, self._lengths, self._draws, *self._tables):
-            mirror.push()
+        self._inputs.pad(0)
+        self._inputs.push()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
             batch = self._batch(size)
@@ -192,14 +202,26 @@ class GpuSteps:
     def can_replay(self, layout: Layout) -> bool:
         return layout.decodes == len(layout.counts) <= self._sizes[-1]
 
-    def plain_draws(self, choices: Sequence[Choice]) -> tuple[list[float], list[float]] | None:
-        """See plain_draws above."""
-        return plain_draws(choices)
+    def plain_draws(self, choices: Sequence[Choice]) -> Draws | None:
+        """Each row's temperature and noise, or None when a row needs more than those."""
+        temperatures = []
+        for choice in choices:
+            options = choice.request.generation.sampling
+            known = self._temperatures.get(id(options))
+            if known is None or known[0] is not options:
+                if len(self._temperatures) > 4096:
+                    self._temperatures.clear()
+                known = self._temperatures[id(options)] = (options, plain_temperature(options))
+            if known[1] is None or choice.matcher is not None:
+                return None
+            temperatures.append(known[1])
+        seeds, drawn = [c.seed for c in choices], [c.drawn for c in choices]
+        return np.stack((np.array(temperatures), uniforms(seeds, drawn))).astype(np.float32)
 
     def logits(self, layout: Layout, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
         """The logits of `rows`, on the device, to be used before the next step."""
         if self.can_replay(layout):
-            logits, _ = self._replay(layout, ids, rows, ([0.0] * len(rows),) * 2)
+            logits, _ = self._replay(layout, ids, rows, np.zeros((2, len(rows)), np.float32))
             return logits[list(rows)]
         return self._mixed(layout, ids, rows)
 
@@ -209,17 +231,18 @@ class GpuSteps:
         layout: Layout,
         ids: Sequence[int],
         rows: Sequence[int],
-        draws: tuple[list[float], list[float]],
+        draws: Draws,
     ) -> list[Draw]:
         """The ids that `rows` draw by their temperatures and noise."""
         if self.can_replay(layout):
             _, drawn = self._replay(layout, ids, rows, draws)
-            return _outcomes(drawn[list(rows)].tolist())
+            every = drawn.tolist()
+            return _outcomes([every[row] for row in rows])
         logits = self._mixed(layout, ids, rows)
         if not rows:
             return []
         found = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        temperatures, noise = torch.tensor(draws, dtype=torch.float32, device=self._device)
+        temperatures, noise = torch.from_numpy(draws).to(self._device)
         draw(logits, temperatures, noise, found)
         return _outcomes(found.tolist())
 
@@ -229,26 +252,24 @@ class GpuSteps:
         layout: Layout,
         ids: Sequence[int],
         rows: Sequence[int],
-        draws: tuple[list[float], list[float]],
+        draws: Draws,
     ) -> tuple[Tensor, Tensor]:
         """One token each: logits [sequences, vocabulary] on the device (overwritten by the next
         step), and what every row drew, on the host; `draws` are those of `rows`."""
-        count = len(ids)
+        count, block = len(ids), layout.block_size
         size = next(size for size in self._sizes if size >= count)
-        numbers = self._numbers.host
-        numbers[0, :count] = ids
-        numbers[1, :count] = layout.rotary_starts
-        for group in range(len(self._tables)):
-            numbers[2 + group, :count] = layout.slots(group)
-            table = layout.block_tables(group)
-            self._tables[group].host[:count, : table.shape[1]] = table
-            self._tables[group].push(size, table.shape[1])
-        self._lengths.host[:count] = layout.lengths
-        self._fill_padding(count, size)
-        self._draws.host[:, list(rows)] = draws
-        self._numbers.push()
-        self._lengths.push()
-        self._draws.push()
+        inputs, starts = self._inputs, np.array(layout.starts)
+        inputs.pad(count)
+        inputs.numbers[0, :count] = ids
+        inputs.numbers[1, :count] = starts
+        inputs.lengths[:count] = starts + 1
+        inputs.draws[:, list(rows)] = draws
+        column, offset, every = starts // block, starts % block, np.arange(count)
+        for group, tables in enumerate(self._tables):
+            tables.update([held[group] for held in layout.tables])
+            blocks = tables.host[every, column].astype(np.int64)
+            inputs.numbers[2 + group, :count] = blocks * block + offset
+        inputs.push()
         captured = self._graphs[size]
         captured.graph.replay()
         self._out[:count].copy_(captured.drawn[:count], non_blocking=True)
@@ -266,26 +287,18 @@ class GpuSteps:
         logits = self._step(batch, None)
         size = batch.ids.shape[0]
         drawn = torch.empty(size, dtype=torch.int64, device=self._device)
-        temperatures, noise = self._draws.device[:, :size]
+        temperatures, noise = self._inputs.device_draws[:, :size]
         draw(logits, temperatures, noise, drawn)
         return logits, drawn
 
-    def _fill_padding(self, start: int, end: int) -> None:
-        self._numbers.host[:2, start:end] = 0
-        self._numbers.host[2:, start:end] = -1
-        self._lengths.host[start:end] = 0
-        self._draws.host[:, :end] = 0
-        for table in self._tables:
-            table.host[start:end] = 0
-
     def _batch(self, size: int) -> Batch:
-        numbers = self._numbers.device
+        numbers = self._inputs.device_numbers
         return Batch(
             ids=numbers[0, :size],
             positions=numbers[1, :size],
             slots=tuple(numbers[2 + g, :size] for g in range(len(self._tables))),
             tables=tuple(table.device[:size] for table in self._tables),
-            lengths=self._lengths.device[:size],
+            lengths=self._inputs.device_lengths[:size],
             query_start=self._one_each[: size + 1],
             decodes=size,
             longest=1,
@@ -297,19 +310,58 @@ def _outcomes(ids: list[int]) -> list[Draw]:
     return [Draw(i) if i >= 0 else Draw(problem=unsound) for i in ids]
 
 
-class _Mirror:
-    """A host array in pinned memory and its copy on the device."""
+class _Inputs:
+    """What changes with every step, in one piece of pinned memory and its copy on the device:
+    `numbers` int64 [2 + groups, most] (ids, positions, slots), `lengths` int32 [most], `draws`
+    float32 [2, most]."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._pinned = torch.zeros(shape, dtype=dtype, pin_memory=True)
-        self.device = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, most: int, groups: int, device: torch.device) -> None:
+        self._cuts = ((2 + groups) * most * 8, most * 4, most * 8)
+        self._shape = (2 + groups, most)
+        self._pinned = torch.zeros(sum(self._cuts), dtype=torch.uint8, pin_memory=True)
+        self._device = torch.zeros(sum(self._cuts), dtype=torch.uint8, device=device)
+        numbers, lengths, draws = self._views(self._pinned)
+        self.numbers, self.lengths, self.draws = numbers.numpy(), lengths.numpy(), draws.numpy()
+        self.device_numbers, self.device_lengths, self.device_draws = self._views(self._device)
+
+    def _views(self, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        numbers, lengths, draws = held.split(self._cuts)
+        return (
+            numbers.view(torch.int64).view(self._shape),
+            lengths.view(torch.int32),
+            draws.view(torch.float32).view(2, -1),
+        )
+
+    def pad(self, start: int) -> None:
+        """From row `start` on: nothing stored, no keys seen, greedy."""
+        self.numbers[:2, start:] = 0
+        self.numbers[2:, start:] = -1
+        self.lengths[start:] = 0
+        self.draws[:] = 0
+
+    def push(self) -> None:
+        self._device.copy_(self._pinned, non_blocking=True)
+
+
+class _Tables:
+    """One group's block tables, row by row; only rows that changed are written, and nothing is
+    sent while none did (a sequence needs a new block once in block_size steps)."""
+
+    def __init__(self, most: int, columns: int, device: torch.device) -> None:
+        self._pinned = torch.zeros((most, columns), dtype=torch.int32, pin_memory=True)
+        self.device = torch.zeros((most, columns), dtype=torch.int32, device=device)
         self.host = self._pinned.numpy()
+        self._rows: list[tuple[BlockTable, int] | None] = [None] * most
 
-    def push(self, rows: int | None = None, columns: int | None = None) -> None:
-        """Send all, or the first rows and columns."""
-        if rows is None:
-            self.device.copy_(self._pinned, non_blocking=True)
-        else:
+    def update(self, tables: Sequence[BlockTable]) -> None:
+        rows = columns = 0
+        for row, table in enumerate(tables):
+            held = self._rows[row]
+            if held is None or held[0] is not table or held[1] != table.count:
+                self._rows[row] = (table, table.count)
+                self.host[row, : table.count] = table.ids[: table.count]
+                rows, columns = row + 1, max(columns, table.count)
+        if rows:
             self.device[:rows, :columns].copy_(self._pinned[:rows, :columns], non_blocking=True)
 
 
