@@ -80,6 +80,14 @@ def test_gpt_oss_20b_is_refused_with_numbers_where_it_does_not_fit(free: float) 
         assert f"{free:.1f} GB are free" in refused.value.reason and refused.value.fix
 
 
+def test_a_cpu_runs_gpt_oss_20b_in_4_bits_only_when_asked() -> None:
+    with pytest.raises(Refused, match="44.1 GB") as refused:
+        planned(GPT_OSS_20B, on("cpu", 24))
+    assert "QUANT_TYPE=mxfp4" in refused.value.fix
+    assert planned(GPT_OSS_20B, on("cpu", 24), "mxfp4").method == "mxfp4"
+    assert planned(GPT_OSS_20B, on("cpu", 100)).method == "full"
+
+
 def test_without_4_bit_layers_mxfp4_is_never_unpacked_into_memory_that_is_not_there() -> None:
     with pytest.raises(Refused, match="needs .* GB"):
         plan(GPT_OSS_20B, "auto", on("cuda", 24), can_hold_mxfp4=False)

@@ -259,8 +259,9 @@ def _mxfp4(weights: Weights, wanted: QuantType, machine: Machine, can_hold: bool
     if machine.device == "cpu" and halved <= machine.free_bytes:
         note = f"MXFP4 unpacked to bfloat16: float32 would need {unpacked / 1e9:.1f} GB"
         return Plan("full", "bfloat16", halved, (note,))
-    if can_hold and packed <= machine.free_bytes:
-        note = "MXFP4 experts are unpacked as they are used, which is slow on the CPU"
-        return Plan("mxfp4", dtype, packed, (note,))
-    _must_fit(halved, machine, "unpacked to bfloat16", "Use a GPU with 16 GB, or a smaller model.")
+    fix = "Use a GPU with 16 GB, or name a smaller model in MODEL_IDS."
+    if machine.device == "cpu" and packed <= machine.free_bytes:
+        # It would fit in 4 bits, but a choice that answers in minutes is not made unasked.
+        fix += " QUANT_TYPE=mxfp4 runs it here all the same, at many seconds a token."
+    _must_fit(halved, machine, "unpacked to bfloat16", fix)
     raise AssertionError("unreachable: it did not fit above")

@@ -105,6 +105,9 @@ def processor_class(name: str) -> Any:
 def make_processor(kind: Any, parts: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A processor of class `kind` from its image part and its tokenizer. `settings` is what
     processor_config.json holds; what of it the class does not take is left alone."""
+    module = sys.modules[kind.__module__]
+    if getattr(module, "num2words", ...) is None:
+        module.num2words = str  # type: ignore[attr-defined]  # a package for videos' prompts only
     wanted = kind.get_attributes()
     arguments = set(inspect.signature(kind.__init__).parameters) | {"chat_template"}
     taken = {
