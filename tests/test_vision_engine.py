@@ -17,7 +17,7 @@ from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine
 from serve.engine.face import BlockingMailbox, Ended, GenerationRequest, Prompt, Tokens
-from serve.engine.seeing import create_seeing_engine, misfit
+from serve.engine.seeing import create_seeing_engine, misfit, with_room
 from serve.engine.solo import SoloRunner
 from serve.engine.vision import FeatureCache, Features, Vision, separate
 from serve.values import ChatRequest, ImagePart, Message, Sampling, TextPart
@@ -275,3 +275,11 @@ def test_one_at_a_time_still_means_choices_seeds_cancelling_and_turns(tmp_path: 
         assert answered(behind)[0] == seeing.expected(request(2))
     finally:
         engine.close()
+
+
+def test_on_a_gpu_the_cache_leaves_room_for_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 * 2**30, 80 * 2**30))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert with_room(EngineConfig(), gpu).kv_cache_gb == pytest.approx(7.0)
+    assert with_room(EngineConfig(kv_cache_gb=2.0), gpu).kv_cache_gb == 2.0
+    assert with_room(EngineConfig(), cpu).kv_cache_gb is None

@@ -22,6 +22,9 @@ from serve.errors import Unsupported
 
 log = logging.getLogger(__name__)
 
+CACHE_SHARE = 0.7
+"""Of a GPU's memory that is free beside the weights."""
+
 
 def create_seeing_engine(
     model: Any,
@@ -33,6 +36,7 @@ def create_seeing_engine(
 ) -> PagedEngine:
     """As create_engine. A class that does not fit runs one request at a time, and the log says
     why."""
+    config = with_room(config or EngineConfig(), device)
     reason = misfit(model)
     if not reason:
         vision = Vision(model, device)
@@ -58,6 +62,15 @@ def create_seeing_engine(
     return create_solo_engine(
         model, eos_ids=eos_ids, context_length=context_length, device=device, config=config
     )
+
+
+def with_room(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """On a GPU the vision tower works beside the cache, and a large picture takes much more than a
+    step of text, which is all that the cache's sizing tries: so the cache gets only a share."""
+    if device.type != "cuda" or config.kv_cache_gb is not None:
+        return config
+    free, _ = torch.cuda.mem_get_info(device)
+    return replace(config, kv_cache_gb=CACHE_SHARE * free / 2**30)
 
 
 def misfit(model: Any) -> str:
