@@ -27,6 +27,8 @@ from serve.settings import PUBLIC_MODEL_NAME, BadSetting, Settings, from_env, pr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import gradio as gr
+
     from serve.engine.face import Engine
     from serve.keys import KeyRing
     from serve.limits import Budgets
@@ -86,7 +88,7 @@ def serve(settings: Settings) -> int:
     api = create_api(service, keys, settings, budgets)
     page = create_page(service, visit_of=visits(keys, budgets, settings))
     options = launch_options(service)
-    api["middleware"] += middleware(options["middleware"], settings)
+    api["middleware"] += middleware(page, options["middleware"], settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -113,14 +115,19 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def middleware(first_paint: tuple[Any, dict[str, Any]], settings: Settings) -> list[Any]:
+def middleware(
+    page: gr.Blocks, first_paint: tuple[Any, dict[str, Any]], settings: Settings
+) -> list[Any]:
+    """The page's first paint, and on a lent GPU who the visitor is."""
     from starlette.middleware import Middleware
 
-    from serve.ui.lent import VisitorContext
+    from serve.ui.visitor import VisitorContext
 
     kind, arguments = first_paint
-    lent = [Middleware(VisitorContext)] if settings.is_zero_gpu else []
-    return [Middleware(kind, **arguments), *lent]
+    found = [Middleware(kind, **arguments)]
+    if settings.is_zero_gpu:
+        found.append(Middleware(VisitorContext, page=lambda: page))
+    return found
 
 
 def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> Callable[[str, str, str], Visit]:
