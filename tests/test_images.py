@@ -78,7 +78,7 @@ def test_a_pictures_words_written_by_a_user_stay_words(
         assert forged.ids.count(token) == honest.ids.count(token), mark
 
 
-def test_the_salt_is_of_the_pixels_and_the_keys_of_each_picture(
+def test_the_salt_is_of_the_pixels(
     processors: dict[str, Any],
 ) -> None:
     spoken = form(processors["Qwen2.5-VL"])
@@ -87,13 +87,25 @@ def test_the_salt_is_of_the_pixels_and_the_keys_of_each_picture(
     same = spoken.render(asked(ImagePart(red, where="elsewhere"), "x")).prompt
     blue = spoken.render(asked(ImagePart(other), "x")).prompt
     assert one.ids == same.ids == blue.ids
-    assert one.salt == same.salt != blue.salt != b""
-    both = spoken.render(asked(ImagePart(red), ImagePart(other), "x")).prompt
-    swapped = spoken.render(asked(ImagePart(other), ImagePart(red), "x")).prompt
-    assert both.salt != swapped.salt
-    assert _vision(both).keys == tuple(reversed(_vision(swapped).keys))
-    text = spoken.render(asked("x")).prompt
-    assert text.salt == b"" and text.inputs is None
+    assert one.salts == same.salts != blue.salts
+    assert spoken.render(asked("x")).prompt.salts == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_pictures_salt_stands_where_its_tokens_begin(
+    family: str, processors: dict[str, Any]
+) -> None:
+    spoken = form(processors[family])
+    red, blue = ImagePart(png()), ImagePart(png("blue", (60, 100)))
+    alone = spoken.render(asked("before", red, "x")).prompt
+    both = spoken.render(asked("before", red, "x", blue)).prompt
+    (place, key), (later, other) = both.salts
+    assert alone.salts[0][0] == place < later and key != other
+    assert both.ids[place] == both.ids[later]
+    assert both.ids[:place] == alone.ids[:place]
+    assert later > place + alone.ids.count(alone.ids[place]) or "One" in family
+    assert (alone.salts[0][1] == key) == ("OneVision" not in family)
+    assert tuple(salt for _, salt in both.salts) == _vision(both).keys
 
 
 def test_low_detail_costs_fewer_tokens(processors: dict[str, Any]) -> None:

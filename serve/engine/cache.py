@@ -358,8 +358,11 @@ class KVCache:
         hashes, size = sequence.hashes, self.block_size
         for column in range(len(hashes), blocks):
             parent = hashes[-1] if hashes else _root(sequence)
-            ids = array("q", sequence.ids[column * size : (column + 1) * size])
-            hashes.append(hashlib.blake2b(parent + ids.tobytes(), digest_size=16).digest())
+            first, end = column * size, (column + 1) * size
+            ids = array("q", sequence.ids[first:end]).tobytes()
+            salts = sequence.request.generation.prompt.salts
+            ids += b"".join(salt for place, salt in salts if first <= place < end)
+            hashes.append(hashlib.blake2b(parent + ids, digest_size=16).digest())
 
 
 def _root(sequence: Sequence) -> bytes:

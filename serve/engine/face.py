@@ -51,12 +51,14 @@ class Prompt:
     """Token ids, and for a model that sees, what else its forward needs.
 
     `inputs` is opaque here (made by formats/images.py, read by the runner); `salt` separates
-    prefix-cache entries whose ids are equal but whose inputs differ (a hash of the pixels).
+    prefix-cache entries whose ids are equal but whose inputs differ, and each of `salts` does so
+    from its position on (where a picture begins, and a hash of its pixels).
     """
 
     ids: tuple[int, ...]
     inputs: Mapping[str, Any] | None = None
     salt: bytes = b""
+    salts: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

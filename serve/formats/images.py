@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from serve import pictures
 from serve.engine.face import Prompt
-from serve.values import ImagePart, Message
+from serve.values import Message
 
 Turn = dict[str, Any]
 
@@ -57,14 +58,30 @@ class Sight:
         pictures.check_together(parts)
         with self._lock:
             shown = [pictures.decode(part) for part in parts]
-            keys = tuple(
-                _key(picture, part, len(parts)) for picture, part in zip(shown, parts, strict=True)
-            )
             made = self._process(_with_pictures(conversation, shown), tools, options, continues)
-        tensors = {name: value for name, value in made.items() if name not in _TEXT_KEYS}
+            is_counted = "batch_num_images" in made and len(parts) > 1
+            keys = tuple(_key(picture, is_counted) for picture in shown)
+        tensors = {
+            name: value
+            for name, value in made.items()
+            if isinstance(value, torch.Tensor) and name not in _TEXT_KEYS
+        }
         ids = tuple(int(i) for i in made["input_ids"][0])
-        salt = hashlib.blake2b(b"".join(keys), digest_size=16).digest()
-        return Prompt(ids, {"vision": VisionInputs(tensors, keys)}, salt)
+        salts = tuple(zip(self._places(ids, made, len(keys)), keys, strict=True))
+        return Prompt(ids, {"vision": VisionInputs(tensors, keys)}, salts=salts)
+
+    def _places(self, ids: tuple[int, ...], made: Mapping[str, Any], count: int) -> list[int]:
+        """Where each picture's first token is; the first one's for all, when that cannot be told
+        from what the processor wrote in each one's place."""
+        words = self._processor.tokenizer
+        mark = getattr(words, "image_token", None) or self._processor.image_token
+        token = words.convert_tokens_to_ids(mark)
+        places = [place for place, one in enumerate(ids) if one == token]
+        written = made.get("text_replacement_offsets") or [[]]
+        lengths = [part["replacement"].count(mark) for part in written[0]]
+        if len(lengths) != count or sum(lengths) != len(places) or 0 in lengths:
+            return places[:1] * count or [0] * count
+        return [places[start] for start in accumulate(lengths[:-1], initial=0)]
 
     def _process(
         self,
@@ -72,8 +89,8 @@ class Sight:
         tools: Sequence[Turn],
         options: Mapping[str, Any],
         continues: bool,
-    ) -> dict[str, torch.Tensor]:
-        made = self._processor.apply_chat_template(
+    ) -> Mapping[str, Any]:
+        made: Mapping[str, Any] = self._processor.apply_chat_template(
             conversation,
             tools=list(tools) or None,
             add_generation_prompt=not continues,
@@ -82,10 +99,13 @@ class Sight:
             return_dict=True,
             return_tensors="pt",
             sanitize_control_tokens=True,
-            processor_kwargs={"return_mm_token_type_ids": False},
+            processor_kwargs={
+                "return_mm_token_type_ids": False,
+                "return_text_replacement_offsets": True,
+            },
             **options,
         )
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        return made
 
 
 def _with_pictures(conversation: Sequence[Turn], shown: Sequence[Image.Image]) -> list[Turn]:
@@ -103,8 +123,8 @@ def _with_pictures(conversation: Sequence[Turn], shown: Sequence[Image.Image]) -
     return placed
 
 
-def _key(picture: Image.Image, part: ImagePart, count: int) -> bytes:
+def _key(picture: Image.Image, is_one_of_several: bool) -> bytes:
     """Of the pixels, and of what else decides how they are cut up: some models cut a lone picture
-    finer than one among several."""
-    about = f"{picture.size} {part.detail} {count > 1} ".encode()
+    finer than one of several."""
+    about = f"{picture.size} {is_one_of_several} ".encode()
     return hashlib.blake2b(about + picture.tobytes(), digest_size=16).digest()
