@@ -43,7 +43,7 @@ class CpuBackend(TorchBackend):
             super()._allocate(shapes, blocks, dtype)
             return
         slots = blocks * self.block_size
-        store = torch.zeros(len(shapes), slots, 2, first.kv_heads, first.key_dim, dtype=dtype)
+        store = torch.empty(len(shapes), slots, 2, first.kv_heads, first.key_dim, dtype=dtype)
         self._stores.append(store)
         for depth, shape in enumerate(shapes):
             self._depth[shape.layer] = depth

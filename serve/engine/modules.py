@@ -169,7 +169,13 @@ class FastNorm(nn.Module):
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+    """RMSNorm by one reduction and two products; torch's own takes eight passes on a CPU."""
+    if x.dtype != torch.float32:
+        return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    width = x.shape[-1]
+    scale = length.square_().div_(width).add_(norm.variance_epsilon).rsqrt_()
+    return (x * scale).mul_(norm.weight)
 
 
 # -- putting them in place -------------------------------------------------------------------------

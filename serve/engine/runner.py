@@ -76,9 +76,10 @@ class Runner:
 
     def prepare(self, threads: int | None) -> None:
         """On the engine's thread, before the first step: how many threads torch uses is a
-        property of the thread that calls it."""
+        property of the thread that calls it. All cores by default: measured on two, the second
+        one gains 15 % for 8 streams, and requests' own work is a few percent of a core."""
         if self._device.type == "cpu":
-            torch.set_num_threads(threads or max(1, (os.cpu_count() or 2) - 1))
+            torch.set_num_threads(threads or os.cpu_count() or 1)
 
     def free_memory(self) -> None:
         """Give cached device memory back before trying again with less."""
@@ -163,6 +164,7 @@ def create_runner(
     length that the cache can hold."""
     if device.type == "cpu" and config.fast_layers:
         modules.install(model, packs=config.packs_weights)
+    config = config.for_device(device.type)
     shapes = probe(model, device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     size = size_cache(
