@@ -191,7 +191,6 @@ def engine(model: Any) -> None:
         model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
     )
     print(f"engine ready in {time.perf_counter() - begin:.1f} s, graphs and compiling included")
-    serve(made_engine, 8, 1.0)
     for temperature in (0.0, 1.0):
         for streams in (1, 8, 32, 64, 128):
             rate, first = serve(made_engine, streams, temperature)
@@ -203,12 +202,12 @@ def engine(model: Any) -> None:
     made_engine.close()
 
 
-def serve(engine: Any, streams: int, temperature: float) -> tuple[float, float]:
+def serve(engine: Any, streams: int, temperature: float, prompt: int = 128) -> tuple[float, float]:
     """Output tokens a second from the first submit to the last end, and the median first token."""
     from serve.engine.face import BlockingMailbox, Ended, GenerationRequest, Prompt
     from serve.values import Sampling
 
-    draws = torch.randint(1, 200_000, (streams, 128)).tolist()
+    draws = torch.randint(1, 200_000, (streams, prompt)).tolist()
     sampling = Sampling(temperature=temperature, max_tokens=256, ignore_eos=True, seed=1)
     mailboxes = [BlockingMailbox() for _ in draws]
     begin = time.perf_counter()
@@ -224,16 +223,23 @@ def serve(engine: Any, streams: int, temperature: float) -> tuple[float, float]:
 
 
 def memory(model: Any) -> None:
-    """Peak memory with 8 sequences of 8,192 tokens and prompts in steps of 2,048."""
+    """Peak memory of the engine serving 8 sequences of 8,192 tokens at once, as on a 16 GB card."""
+    from serve.engine.config import EngineConfig
+    from serve.engine.engine import create_engine
+
     torch.cuda.reset_peak_memory_stats()
-    cached = Cached(model, 8, 8192)
-    ids = torch.randint(0, model.config.vocab_size, (2048,))
-    rows = torch.tensor([2047], device=DEVICE)
-    cached.fused.forward(cached.batch(ids, [6144], [2048]), rows)
-    cached.fused.forward(cached.batch(ids[:8], [8191] * 8, [1] * 8), None)
+    config = EngineConfig(max_running=8, kv_cache_gb=1.75, prefill_chunk=1024)
+    made_engine = create_engine(
+        model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
+    )
+    rate, _ = serve(made_engine, 8, 1.0, prompt=7900)
+    stats = made_engine.stats()
+    made_engine.close()
     print(
+        f"8 sequences of 8,156 tokens, {rate:.0f} tok/s over all, {stats.preemptions} preempted: "
         f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
-        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved"
+        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved",
+        flush=True,
     )
 
 

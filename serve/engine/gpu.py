@@ -1,6 +1,5 @@
 """Steps on an NVIDIA GPU: our attention kernels, CUDA graphs of decode steps, ids drawn there.
 
-`KernelBackend` is the attention backend for any stock model whose heads the kernels take.
 `GpuSteps` runs a whole step: when every sequence brings one token, a graph captured for that batch
 size (rounded up; the rest is padding that stores nothing) is replayed; anything else runs launch by
 launch. gpt-oss with MXFP4 experts goes through FusedGptOss instead of its modules. What only a
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor
 
 from serve.engine import sampling
-from serve.engine.attention import Call, Layout, TorchBackend
+from serve.engine.attention import Layout
+from serve.engine.attention_gpu import KernelBackend
 from serve.engine.cache import BlockTable, GroupSpec
 from serve.engine.config import EngineConfig
-from serve.engine.kernels import attention, fused
 from serve.engine.kernels.draws import draw
 from serve.engine.kernels.experts import Mxfp4Experts
-from serve.engine.kernels.gpt_oss import Batch, FusedGptOss, splits_for
+from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 from serve.engine.sampling import Draw
 from serve.engine.sequence import Sequence as Choice
 from serve.engine.sizing import LayerShape
@@ -39,23 +38,14 @@ log = logging.getLogger(__name__)
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Batch sizes that graphs are captured for."""
 
+_KINDS = (2, 5, 17, 33, 65, 129, 257, 1025)
+"""Token counts of which each takes other cuts of the kernels than the one before."""
+
 # float32 [2, rows]: temperatures (0: greedy) and noise in [0, 1).
 Draws = npt.NDArray[np.float32]
 
 # Logits [rows, vocabulary] of a batch's named rows (None: of all).
 Step = Callable[[Batch, Tensor | None], Tensor]
-
-
-def supports(shapes: Sequence[LayerShape], config: Any, device: torch.device) -> bool:
-    """Whether the attention kernels take every layer: equal key and value heads of a power of two
-    up to 256, and no soft cap on the scores."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (7, 5)
-        and getattr(text, "attn_logit_softcapping", None) is None
-        and all(s.key_dim == s.value_dim and s.key_dim in (16, 32, 64, 128, 256) for s in shapes)
-    )
 
 
 def plain_temperature(o: Sampling) -> float | None:
@@ -80,58 +70,6 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-class KernelBackend(TorchBackend):
-    """Attention by our kernels. `batch` is what the layers read: `begin` makes it from a layout,
-    GpuSteps puts its own there."""
-
-    batch: Batch
-
-    def begin(self, layout: Layout) -> None:
-        self.batch = self.upload(layout, np.zeros(layout.total, np.int64))
-
-    def upload(self, layout: Layout, ids: npt.NDArray[np.int64]) -> Batch:
-        """A batch of its own tensors."""
-        groups = range(len(self.windows))
-
-        def put(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-        return Batch(
-            ids=put(ids),
-            positions=put(layout.positions),
-            slots=tuple(put(layout.slots(g)) for g in groups),
-            tables=tuple(put(layout.block_tables(g)) for g in groups),
-            lengths=put(layout.lengths),
-            query_start=put(layout.query_start),
-            decodes=layout.decodes,
-            longest=max(layout.counts),
-        )
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        slots = self.batch.slots[self.group_of[layer]]
-        fused.store(key[0], value[0], slots, self.keys[layer], self.values[layer])
-
-    def attend(self, layer: int, query: Tensor, call: Call) -> Tensor:
-        group, batch = self.group_of[layer], self.batch
-        q = query[0].transpose(0, 1).contiguous()
-        out = torch.empty_like(q)
-        rule = attention.Rule(call.scale, self.windows[group], call.sinks)
-        keys, values, table = self.keys[layer], self.values[layer], batch.tables[group]
-        n, (tokens, heads, dim) = batch.decodes, q.shape
-        if n:
-            splits = 1 if rule.window is not None else splits_for(n)
-            room = attention.Room.create(n, heads, dim, splits, q.device) if splits > 1 else None
-            attention.decode(
-                q[:n], keys, values, table, batch.lengths[:n], rule, out[:n], splits, room
-            )
-        if n < tokens:
-            attention.prefill(
-                q, keys, values, table[n:], batch.query_start[n:], batch.lengths[n:], rule, out,
-                batch.longest,
-            )  # fmt: skip
-        return out[None]
 
 
 def stock_step(model: Any, backend: KernelBackend) -> Step:
@@ -198,6 +136,30 @@ class GpuSteps:
                 logits, drawn = self._compute(batch)
             self._graphs[size] = _Graph(graph, logits, drawn)
         log.info("Captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
+
+    @torch.inference_mode()
+    def warm(self, most_tokens: int) -> None:
+        """Compile what prompts need, so that no request waits for a compiler: a step of each kind
+        of size, as one sequence whose tokens are stored nowhere."""
+        for tokens in (*_KINDS, most_tokens):
+            if tokens > most_tokens:
+                continue
+            count = torch.arange(tokens, device=self._device)
+            batch = Batch(
+                ids=count * 0,
+                positions=count,
+                slots=tuple(count * 0 - 1 for _ in self._tables),
+                tables=tuple(table.device[:1] * 0 for table in self._tables),
+                lengths=torch.tensor([tokens], dtype=torch.int32, device=self._device),
+                query_start=torch.tensor([0, tokens], dtype=torch.int32, device=self._device),
+                decodes=0,
+                longest=tokens,
+            )
+            logits = self._step(batch, count[-1:])
+            found = torch.empty(1, dtype=torch.int64, device=self._device)
+            temperatures, noise = torch.zeros((2, 1), dtype=torch.float32, device=self._device)
+            draw(logits, temperatures, noise, found)
+        torch.cuda.synchronize()
 
     def can_replay(self, layout: Layout) -> bool:
         return layout.decodes == len(layout.counts) <= self._sizes[-1]
@@ -374,7 +336,8 @@ def create_steps(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[KernelBackend, GpuSteps]:
-    """The backend for `model`, and its steps with every graph captured. Ask `supports` first."""
+    """The backend for `model`, and its steps, compiled and captured. attention_gpu.supports must have
+    said yes."""
     backend = KernelBackend(shapes, groups, config.block_size, dtype, device)
     layers = getattr(getattr(model, "model", None), "layers", ())
     if layers and isinstance(getattr(layers[0].mlp, "experts", None), Mxfp4Experts):
@@ -384,5 +347,6 @@ def create_steps(
         step = stock_step(model, backend)
     columns = [-(-(context_length + 1) // config.block_size) for _ in groups]
     steps = GpuSteps(step, backend, columns, config.max_running)
+    steps.warm(config.prefill_chunk + config.max_running)
     steps.capture()
     return backend, steps

@@ -178,9 +178,10 @@ def create_runner(
     )
     cache = KVCache(size.groups, config.block_size, size.context_length + 1)
     if device.type == "cuda":
-        from serve.engine import gpu  # needs Triton, which comes with torch for CUDA only
+        # These need Triton, which comes with torch for CUDA only.
+        from serve.engine import attention_gpu, gpu
 
-        if gpu.supports(shapes, model.config, device):
+        if attention_gpu.supports(shapes, model.config, device):
             backend, steps = gpu.create_steps(
                 model, shapes, size.groups, config, size.context_length, dtype, device
             )
