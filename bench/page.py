@@ -165,8 +165,9 @@ class Visit:
         metrics = self.cdp.send("Performance.getMetrics")["metrics"]
         return float(next(m["value"] for m in metrics if m["name"] == "TaskDuration"))
 
-    def ask(self, text: str, done: str, seconds: float = 90) -> float:
-        """Seconds from Enter until `done` (a regular expression) is at the page's end."""
+    def ask(self, text: str, done: str, seconds: float = 90, look_every: int = 20) -> float:
+        """Seconds from Enter until `done` (a regular expression) is in the last answer, which is
+        looked at every `look_every` ms (looking costs the page's thread, too)."""
         self.page.fill(self.box, text)
         began = time.monotonic()
         self.page.press(self.box, "Enter")
@@ -175,7 +176,7 @@ class Visit:
                 const all = document.querySelectorAll('.turn.assistant .words, .bot.message');
                 return new RegExp(done).test(all[all.length - 1]?.textContent ?? '');
             }""",
-            arg=done, timeout=seconds * 1000, polling=20,
+            arg=done, timeout=seconds * 1000, polling=look_every,
         )  # fmt: skip
         return time.monotonic() - began
 
@@ -254,7 +255,7 @@ def streaming(browser: Browser, url: str, box: str) -> tuple[float, float]:
         visit.ask("burst 5", "word4")
         visit.page.wait_for_timeout(1000)
         before = visit.busy()
-        seconds = visit.ask(f"count {TOKENS}", r"(word\d\s*){2000}")
+        seconds = visit.ask(f"count {TOKENS}", f"^[^]{{{6 * TOKENS - 3},}}$", look_every=200)
         return seconds, (visit.busy() - before) / seconds
 
 

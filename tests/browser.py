@@ -20,6 +20,7 @@ ARGUMENTS = [
 ]
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
+expect.set_options(timeout=20000)  # a busy machine is slow, not wrong
 BOX = "#dock #composer textarea"
 
 
@@ -56,7 +57,7 @@ class Reader:
         self.context.close()
 
     def wait_for_box(self) -> None:
-        self.page.wait_for_selector(BOX, timeout=30000)
+        self.page.wait_for_selector(BOX, timeout=60000)
 
     def reload(self) -> None:
         self.page.reload()
@@ -74,7 +75,7 @@ class Reader:
         self.wait_for_end()
         return self.answer()
 
-    def wait_for_end(self, seconds: float = 20) -> None:
+    def wait_for_end(self, seconds: float = 60) -> None:
         self.page.wait_for_selector(
             "#shell:not(.running) .turn.assistant:last-child:not([data-state=running])",
             timeout=seconds * 1000,

@@ -72,7 +72,7 @@ def scene_think(question: str) -> Iterator[Step]:
     yield THINK
     for piece in ("First, ", "let me ", "think. ") * 8:
         yield Say(encoded(piece))
-        yield 0.05
+        yield 0.1
     yield SAY
     yield Say(encoded("The answer is **42**."))
 

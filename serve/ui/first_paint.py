@@ -101,7 +101,7 @@ class FirstPaint:
         if self._insert is None:
             self._insert = (self._head(), (self._assets / "shell.html").read_text())
         head, shell = self._insert
-        page = _without_foreign_tags(page)
+        page = _styles_later(_without_foreign_tags(page))
         page = page.replace("</head>", head + "</head>", 1)
         return page.replace("<gradio-app", shell + "\n<gradio-app", 1)
 
@@ -189,6 +189,12 @@ def _without_foreign_tags(page: str) -> str:
         r'(?:property|name)="(?:og|twitter):(?:title|url|image|creator|card|description|type)"'
     )
     return re.sub(rf"<meta\s+{foreign}[^>]*>", "", page)
+
+
+def _styles_later(page: str) -> str:
+    """Gradio's style sheet is for its own box; our first paint need not wait for it."""
+    later = """<link rel="stylesheet" media="print" onload="this.media='all'\""""
+    return page.replace('<link rel="stylesheet"', later)
 
 
 async def _reply(

@@ -62,7 +62,8 @@ def create_page(
             visible="hidden",
             elem_id="stream",
         )
-        turn = gr.JSON(visible="hidden")
+        # Carries JSON to the server; gr.JSON would load a viewer that nobody sees.
+        turn = gr.HTML(html_template="", js_on_load=None, visible="hidden")
         memory = gr.State(Memory(), time_to_live=SESSION_SECONDS)
         box = gr.MultimodalTextbox(
             file_count="multiple",
