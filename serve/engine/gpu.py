@@ -336,8 +336,8 @@ def create_steps(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[KernelBackend, GpuSteps]:
-    """The backend for `model`, and its steps, compiled and captured. attention_gpu.supports must have
-    said yes."""
+    """The backend for `model`, and its steps, compiled and captured. attention_gpu.supports must
+    have said yes."""
     backend = KernelBackend(shapes, groups, config.block_size, dtype, device)
     layers = getattr(getattr(model, "model", None), "layers", ())
     if layers and isinstance(getattr(layers[0].mlp, "experts", None), Mxfp4Experts):

@@ -1,0 +1,41 @@
+"""GPU steps, as far as a CPU can tell: the numbers they draw by, and which rows they may draw.
+bench/gpu/gpt_oss.py checks whole steps, graphs and the engine on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from serve.engine import gpu, sampling
+from serve.values import Sampling
+
+
+def test_noise_in_numpy_is_the_samplers_noise() -> None:
+    seeds = [0, 1, 2**64 - 1, 0x123456789ABCDEF0, 77]
+    positions = [0, 5, 2**31, 1, 1023]
+    found = gpu.uniforms(seeds, positions).tolist()
+    assert found == [sampling.uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.1}, {"logprobs": 0}, {"min_tokens": 2},
+        {"logit_bias": ((1, 2.0),)}, {"frequency_penalty": 0.1}, {"presence_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+    ],
+)  # fmt: skip
+def test_whatever_shapes_a_distribution_beyond_temperature_is_not_plain(options: Any) -> None:
+    assert gpu.plain_temperature(Sampling(**options)) is None
+
+
+def test_a_plain_temperature_is_kept_and_a_tiny_one_is_greedy() -> None:
+    assert gpu.plain_temperature(Sampling(temperature=0.7)) == 0.7
+    assert gpu.plain_temperature(Sampling(temperature=1e-9)) == 0.0
