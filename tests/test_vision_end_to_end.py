@@ -57,7 +57,7 @@ def chat(*parts: dict[str, Any] | str, **options: Any) -> dict[str, Any]:
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     running = start(tmp_path_factory.mktemp("vision"), MODEL_LOCAL_PATH=str(MODEL))
     try:
-        running.wait("/ready", 120)
+        running.wait("/ready", 240)
         yield running
     finally:
         running.stop()
@@ -267,7 +267,7 @@ def test_a_model_that_only_reads_refuses_or_answers_from_the_text_and_says_so(
     lenient = start_app(MODEL_LOCAL_PATH=str(folder), IMAGE_FALLBACK="drop")
     body = chat(SEE, image(STAR), max_tokens=4)
     for app in (strict, lenient):
-        ready = app.wait("/ready", 120).json()
+        ready = app.wait("/ready", 240).json()
         assert ready["model"]["capabilities"]["vision"] is False
     with strict.client() as client:
         refused = client.post("/v1/chat/completions", json=body)
