@@ -81,7 +81,8 @@ def test_no_word_is_left_over() -> None:
     used = asked_for() | {"duration_seconds", "duration_minutes"}
     server = {key for key in texts()["en"] if key.startswith(("error_", "file_", "images_not"))}
     left = {key for key in texts()["en"].keys() - used - server if f'"{key}"' not in everything}
-    hints = {key for key in left if key.removesuffix("_hint") in ("temperature", "top_p")}  # put together in settings.js
+    # These are put together in settings.js.
+    hints = {key for key in left if key.removesuffix("_hint") in ("temperature", "top_p")}
     assert left - hints == set()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu import made, others  # noqa: E402
-from bench.gpu.timing import copy_terabytes, graph_microseconds  # noqa: E402
-from serve.engine.kernels.gpt_oss import Batch, FusedGptOss  # noqa: E402
+from bench.gpu import made, others
+from bench.gpu.timing import copy_terabytes, graph_microseconds
+from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 
 SIZE = 32
 DEVICE = torch.device("cuda")
@@ -148,7 +149,8 @@ def steps(model: Any) -> None:
             cached = Cached(model, count, context)
             ids = torch.randint(0, model.config.vocab_size, (count,))
             batch = cached.batch(ids, [context - 1] * count, [1] * count)
-            taken = graph_microseconds([lambda: cached.fused.forward(batch, None).argmax(-1)])  # noqa: B023
+            forward = partial(cached.fused.forward, batch, None)
+            taken = graph_microseconds([lambda run=forward: run().argmax(-1)])
             print(
                 f"step {count:4} streams at {context:5}: {taken:8.1f} us = "
                 f"{count / taken * 1e6:8.0f} tok/s (copy {limit:.2f} TB/s)",

@@ -139,9 +139,9 @@ def dense(_: Any) -> None:
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
         exact = x.double() @ held.dequantized(torch.float64).T
         error = relative_error(w4.w4_linear(x, held), exact)
-        taken = graph_microseconds([lambda: w4.w4_linear(x, held)] * 8)  # noqa: B023
+        taken = graph_microseconds([lambda: w4.w4_linear(x, held)] * 8)
         wide = held.dequantized(torch.bfloat16)
-        plain = graph_microseconds([lambda: nn.functional.linear(x, wide)] * 8)  # noqa: B023
+        plain = graph_microseconds([lambda: nn.functional.linear(x, wide)] * 8)
         print(
             f"w4 {tokens} x {inputs} x {outputs}: {taken:.1f} us (bf16 {plain:.1f}) err {error:.1e}"
         )

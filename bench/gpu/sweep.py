@@ -167,10 +167,10 @@ def sweep_project(sizes: tuple[int, ...] = (1, 8, 32, 64, 128)) -> Iterator[str]
                 if name == "head" and cut.splits > 1:
                     continue
                 out = torch.full((cut.splits, tokens, rows), float("nan"), device=DEVICE)
-                if not fits(lambda: fused.project(x, copies[0], out, cut)):  # noqa: B023
+                if not fits(lambda: fused.project(x, copies[0], out, cut)):
                     continue
                 error = relative_error(out.sum(0), exact) if exact is not None else 0.0
-                calls = [lambda w=w: fused.project(x, w, out, cut) for w in copies]  # type: ignore[misc] # noqa: B023
+                calls = [lambda w=w: fused.project(x, w, out, cut) for w in copies]  # type: ignore[misc]
                 found.append((graph_microseconds(calls * (1 if name == "head" else 4)), error, cut))
             for taken, error, cut in sorted(found, key=lambda f: f[0])[:4] + found[:1]:
                 rate = rows * columns * 2 / taken / 1e6
@@ -207,7 +207,7 @@ def sweep_attention() -> Iterator[str]:
                         rule,
                         out,
                         splits,
-                        room,  # noqa: B023
+                        room,
                     )
 
                 taken = graph_microseconds([lambda: call(0), lambda: call(2)] * 4)
@@ -257,7 +257,7 @@ def sweep_prefill_attention() -> Iterator[str]:
             rule = attention.Rule(dim**-0.5, window, half(torch.randn(heads)))
 
             def call() -> None:
-                attention.prefill(q, *pools, table, start, lengths, rule, out, count)  # noqa: B023
+                attention.prefill(q, *pools, table, start, lengths, rule, out, count)
 
             taken = graph_microseconds([call])
             last = torch.arange(1, sequences + 1, device=DEVICE) * count - 1
@@ -288,14 +288,14 @@ def sweep_small() -> Iterator[str]:
         turns = torch.randn(tokens, 64, device=DEVICE)
 
         def routed() -> None:
-            counts.zero_()  # noqa: B023
-            fused.add_norm_route(residual, parts, norm, 1e-5, out, router)  # noqa: B023
+            counts.zero_()
+            fused.add_norm_route(residual, parts, norm, 1e-5, out, router)
 
         a = graph_microseconds([routed] * 8)
-        z = graph_microseconds([lambda: counts.zero_()] * 8)  # noqa: B023
-        b = graph_microseconds([lambda: fused.add_norm(residual, parts, norm, 1e-5, out)] * 8)  # noqa: B023
+        z = graph_microseconds([lambda: counts.zero_()] * 8)
+        b = graph_microseconds([lambda: fused.add_norm(residual, parts, norm, 1e-5, out)] * 8)
         c = graph_microseconds(
-            [lambda: fused.rotate_and_store(qkv, turns, slots, slots, q, *pools)] * 8  # noqa: B023
+            [lambda: fused.rotate_and_store(qkv, turns, slots, slots, q, *pools)] * 8
         )
         yield (
             f"small T={tokens:4} norm+route {a - z:6.1f} us, norm {b:6.1f} us, rotate {c:6.1f} us, "
@@ -330,7 +330,7 @@ def compile_share(share: list[tuple[str, tuple[int, ...]]]) -> None:
             tokens, cut = numbers[0], fused.Cut(*numbers[1:])
             x, w = half(torch.randn(tokens, columns)), half(torch.randn(rows, columns))
             out = torch.empty((cut.splits, tokens, rows), device=DEVICE)
-            fits(lambda: fused.project(x, w, out, cut))  # noqa: B023
+            fits(lambda: fused.project(x, w, out, cut))
     torch.cuda.synchronize()
 
 

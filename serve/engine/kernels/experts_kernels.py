@@ -132,8 +132,9 @@ def _add(
 @triton.jit
 def _multiply(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, row: tl.tensor, real: tl.tensor,
-    n: tl.tensor, split: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, FAST: tl.constexpr,
+    n: tl.tensor, split: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    FAST: tl.constexpr,
 ) -> tl.tensor:
     """[len(n), len(row)] float32: weight rows times activation rows over one split of the words.
 
