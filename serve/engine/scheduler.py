@@ -100,12 +100,12 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of this step, decodes first. Their blocks are taken."""
         chunks = self._decodes()
-        self._admit()
-        chunks += self._prefills()
+        entered = self._admit()
+        chunks += self._prefills(entered)
         while not chunks and self.running:
             # Prompts that hold blocks wait for each other: the youngest makes room.
             self.preempt(max(self.running, key=lambda s: s.age))
-            chunks = self._prefills()
+            chunks = self._prefills(entered)
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
@@ -155,10 +155,13 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, 1))
         return chunks
 
-    def _prefills(self) -> list[Chunk]:
-        """Share the budget: each may take an equal part, what a short one leaves goes on."""
+    def _prefills(self, entered: list[Sequence]) -> list[Chunk]:
+        """Share the budget: each may take an equal part, what a short one leaves goes on. Who has
+        just `entered` runs now, also one that came back with a single id to compute."""
         budget, chunks = self.prefill_chunk, []
-        prompts = [s for s in self.running if s.uncomputed > 1 or not s.has_prefilled]
+        prompts = [
+            s for s in self.running if s.uncomputed > 1 or not s.has_prefilled or s in entered
+        ]
         prompts.sort(key=lambda s: s.uncomputed)
         for left, sequence in zip(range(len(prompts), 0, -1), prompts, strict=True):
             count = min(sequence.uncomputed, max(budget // left, 1), budget)
@@ -176,25 +179,28 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Sequence]:
         """Let in who fits beside what the running ones will still take. Prompts beyond this step's
         budget wait, but for a few: a short one must not wait for a long one to be computed."""
         prompts = [s for s in self.running if s.uncomputed > 1]
         budget = self.prefill_chunk - sum(s.uncomputed for s in prompts)
         count = len(prompts)
+        entered: list[Sequence] = []
         while len(self.running) < self.max_running and (budget > 0 or count < _PROMPTS_AT_ONCE):
             sequence = self.returning[0] if self.returning else self.waiting.first()
             if sequence is None or not self.cache.can_admit(
                 sequence, self.prefill_chunk, self.running
             ):
-                return
+                break
             if self.returning:
                 self.returning.pop(0)
             else:
                 self.waiting.pop()
             self._enter(sequence)
+            entered.append(sequence)
             budget -= sequence.uncomputed
             count += 1
+        return entered
 
     def _enter(self, sequence: Sequence) -> None:
         shared = self.cache.admit(sequence)
