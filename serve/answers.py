@@ -129,7 +129,7 @@ class Answers:
             asked = await self._fitted(asked)
         head = self._head("resp_", asked.model)
         builder = ResponseBuilder(
-            head, call.echo, call.declared, self._closer(call), partial(self._keep, call)
+            head, self._echo(call), call.declared, self._closer(call), partial(self._keep, call)
         )
         running = _Running(asked.tenant, builder)
         turn, told = await self._begin_chat(request, asked, call.ignored, running)
@@ -145,6 +145,12 @@ class Answers:
         history = self._store.conversation(tenant, previous) if previous else []
         opener = partial(self._seal.open, tenant=tenant)
         return responses.read(body, opener, tenant, request_id(request), history)
+
+    def _echo(self, call: responses.ResponsesCall) -> dict[str, Any]:
+        """The request's own fields, and what the model's makers say where it said nothing."""
+        cards = self._service.models()
+        left_open = {"temperature", "top_p"} & set(call.request.sampling.unset)
+        return {**call.echo, **{n: getattr(cards[0].defaults, n) for n in left_open if cards}}
 
     def _closer(self, call: responses.ResponsesCall) -> Callable[[str], str] | None:
         if "reasoning.encrypted_content" not in call.include:

@@ -27,6 +27,7 @@ from serve.values import (
     Finished,
     ImagePart,
     ModelCard,
+    Sampling,
     TextDelta,
     Usage,
 )
@@ -68,7 +69,9 @@ def form() -> RecordingFormat:
 def service_of(engine: ScriptedEngine, form: ByteFormat, vision: bool | None = None) -> Service:
     service = Service("tiny/model")
     can = replace(form.capabilities(), vision=vision)
-    service.attach(ServedModel(ModelCard("tiny/model", engine.context_length, can), form, engine))
+    made = Sampling(temperature=0.25, top_p=0.75)
+    card = ModelCard("tiny/model", engine.context_length, can, defaults=made)
+    service.attach(ServedModel(card, form, engine))
     return service
 
 
@@ -92,6 +95,16 @@ def respond(client: httpx.Client, **body: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
+
+
+def test_a_response_tells_the_sampling_it_was_drawn_with(
+    client: httpx.Client, engine: ScriptedEngine
+) -> None:
+    left_open = respond(client, input="hi")
+    assert (left_open["temperature"], left_open["top_p"]) == (0.25, 0.75)
+    said = respond(client, input="hi", temperature=0.5)
+    assert (said["temperature"], said["top_p"]) == (0.5, 0.75)
+    assert engine.submitted[-1].sampling.temperature == 0.5
 
 
 # ---- sealed reasoning ---------------------------------------------------------------------------
