@@ -187,7 +187,7 @@ def test_a_damaged_file_gives_pixels_or_a_400_and_nothing_else(
     chance = random.Random(seed)
     data = bytearray(encoded(drawn((96, 64), "P" if kind == "GIF" else "RGB"), kind))
     for _ in range(hits):
-        if chance.random() < 0.2:
+        if data and chance.random() < 0.2:
             del data[chance.randrange(len(data)) :]
         elif chance.random() < 0.3:
             at = chance.randrange(len(data) + 1)
