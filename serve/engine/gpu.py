@@ -223,7 +223,7 @@ class GpuSteps:
         inputs, starts = self._inputs, np.array(layout.starts)
         inputs.pad(count)
         inputs.numbers[0, :count] = ids
-        inputs.numbers[1, :count] = starts
+        inputs.numbers[1, :count] = layout.rotary_starts  # shifted behind a picture
         inputs.lengths[:count] = starts + 1
         inputs.draws[:, list(rows)] = draws
         column, offset, every = starts // block, starts % block, np.arange(count)
