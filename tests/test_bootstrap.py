@@ -30,11 +30,11 @@ def app(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "serve" / "bootstrap.py", tmp_path / "serve")
     (tmp_path / "serve" / "__init__.py").touch()
     (tmp_path / "requirements.txt").write_text("")
-    lines = (ROOT / "app.py").read_text().split("import gc", 1)[0]
-    assert "restart_with_newer_python(__file__)" in lines
-    (tmp_path / "app.py").write_text(
-        lines + 'print("serving on", sys.version_info[:2], sys.argv[1:])'
-    )
+    hand_over = "restart_with_newer_python(__file__)"
+    before, found, _ = (ROOT / "app.py").read_text().partition(hand_over)
+    assert found
+    serving = 'print("serving on", sys.version_info[:2], sys.argv[1:])'
+    (tmp_path / "app.py").write_text(f"{before}{hand_over}\n\n{serving}\n")
     return tmp_path / "app.py"
 
 
