@@ -167,7 +167,10 @@ class Settings:
         "MODELSCOPE_API_TOKEN", _text, "", "ModelScope token, for private models"
     )
     hub_order: HubOrder = _variable(
-        "HUB_ORDER", _one_of(HubOrder), "auto", "which hub first; auto: the one that answers first"
+        "HUB_ORDER",
+        _one_of(HubOrder),
+        "auto",
+        "which hub first: " + " | ".join(get_args(HubOrder)) + "; auto: the one that answers first",
     )
     quant_type: QuantType = _variable(
         "QUANT_TYPE",
@@ -205,7 +208,7 @@ class Settings:
         "IMAGE_FALLBACK",
         _one_of(ImageFallback),
         "refuse",
-        "images for a text-only model over the API",
+        "API images for a text-only model: refuse (400) | drop (answer from the text)",
     )
     rate_limit_requests: int = _variable(
         "RATE_LIMIT_REQUESTS", _whole(0, 10_000_000), 0, "requests per minute and key; 0: no limit"
