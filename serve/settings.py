@@ -267,6 +267,8 @@ def prepare_libraries(settings: Settings) -> None:
         # No kernels and no code from a hub at load time.
         "USE_HUB_KERNELS": "0",
         "TRANSFORMERS_VERBOSITY": "error",
+        # Of a registry that is out of reach (pip waits 15 s each time) another source is heard of.
+        "PIP_RETRIES": "2",
     }
     if settings.hf_endpoint != Settings.__dataclass_fields__["hf_endpoint"].default:
         wanted["HF_HUB_DISABLE_XET"] = "1"  # Xet's hosts are not behind a mirror

@@ -7,14 +7,14 @@ import base64
 import hashlib
 import json
 import subprocess
-import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.local_server import QuietHandler, listening
 
 BACKEND = "/usr/lib/git-core/git-http-backend"
 
@@ -64,25 +64,12 @@ def serving_git(fake: FakeGit) -> Iterator[FakeGit]:
     class Handler(_Handler):
         git = fake
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    fake.base = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with listening(Handler) as fake.base:
         yield fake
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     git: FakeGit
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._answer(b"")
@@ -104,13 +91,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         if not self._is_allowed():
-            self._send(401, b"", {"WWW-Authenticate": 'Basic realm="models"'})
+            self.send(401, b"", {"WWW-Authenticate": 'Basic realm="models"'})
         elif self.path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(body))
         elif self.path.startswith("/objects/"):
             self._object(self.path.rsplit("/", 1)[-1])
         elif "/info/lfs/" in self.path:
-            self._send(404, b"{}", {"Content-Type": "application/vnd.git-lfs+json"})
+            self.send(404, b"{}", {"Content-Type": "application/vnd.git-lfs+json"})
         else:
             self._backend(body)
 
@@ -129,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             for entry in asked["objects"]
         ]
         body = json.dumps({"transfer": "basic", "objects": objects}).encode()
-        self._send(200, body, {"Content-Type": "application/vnd.git-lfs+json"})
+        self.send(200, body, {"Content-Type": "application/vnd.git-lfs+json"})
 
     def _object(self, oid: str) -> None:
         content = self.git.objects[oid]
@@ -138,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
         if fault == "503":
-            self._send(503, b"busy", {})
+            self.send(503, b"busy", {})
             return
         part = content[start:]
         if fault == "garbage":
@@ -146,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Length": str(len(part)), "Content-Type": "application/octet-stream"}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._headers(206 if start else 200, headers)
+        self.send_head(206 if start else 200, headers)
         try:
             self.wfile.write(part[: len(part) // 2] if fault == "cut" else part)
         except (BrokenPipeError, ConnectionResetError):
@@ -174,14 +161,4 @@ class _Handler(BaseHTTPRequestHandler):
         head, _, content = done.stdout.partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().splitlines() if ": " in line)
         status = int(headers.pop("Status", "200").split()[0])
-        self._send(status, content, headers)
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self._headers(status, {**headers, "Content-Length": str(len(body))})
-        self.wfile.write(body)
-
-    def _headers(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send(status, content, headers)

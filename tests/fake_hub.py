@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.local_server import QuietHandler, listening
 
 KINDS = (
     "cut", "503", "html", "loop", "stall", "slow", "ignore-range", "garbage", "longer", "refuse",
@@ -68,28 +69,15 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
     class Handler(_Handler):
         fake = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.base = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with listening(Handler) as hub.base:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     fake: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
     def do_HEAD(self) -> None:
-        self._headers(200, {"Content-Length": "0"})
+        self.send_head(200, {"Content-Length": "0"})
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -111,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, parts: list[str], query: dict[str, str]) -> None:
         if parts[0] == "loop":
-            self._headers(302, {"Location": self.path, "Content-Length": "0"})
+            self.send_head(302, {"Location": self.path, "Content-Length": "0"})
         elif parts[:2] == ["api", "models"]:
             self._list_huggingface("/".join(parts[2:4]))
         elif parts[:3] == ["api", "v1", "models"] and parts[-1] == "files":
@@ -132,9 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "503":
             self._json(503, {"error": "busy"})
         elif fault == "html":
-            self._send(200, b"<html>we are closed</html>", "text/html")
+            self.send(200, b"<html>we are closed</html>", {"Content-Type": "text/html"})
         elif fault == "loop":
-            self._headers(302, {"Location": "/loop/x", "Content-Length": "0"})
+            self.send_head(302, {"Location": "/loop/x", "Content-Length": "0"})
         elif fault == "stall":
             time.sleep(self.fake.stall_seconds)
             self.close_connection = True
@@ -215,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.headers.get("Range") == "bytes=0-0":
             told = {"Content-Range": f"bytes 0-0/{len(content)}", "Content-Length": "1"}
-            self._headers(206, told)
+            self.send_head(206, told)
             self.wfile.write(content[:1])
             return
         with self.fake.lock:
@@ -225,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and self._without_body(fault):
             return
         if start >= len(content) > 0:
-            self._headers(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+            self.send_head(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
             return
         if fault and fault.kind == "ignore-range":
             start = 0
@@ -241,9 +229,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.kind == "503":
             self._json(503, {"error": "busy"})
         elif fault.kind == "html":
-            self._send(200, b"<html>maintenance</html>", "text/html; charset=utf-8")
+            self.send(
+                200, b"<html>maintenance</html>", {"Content-Type": "text/html; charset=utf-8"}
+            )
         elif fault.kind == "loop":
-            self._headers(302, {"Location": "/loop/x", "Content-Length": "0"})
+            self.send_head(302, {"Location": "/loop/x", "Content-Length": "0"})
         elif fault.kind == "refuse":
             self.close_connection = True
         else:
@@ -265,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = str(declared)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._headers(206 if start else 200, headers)
+        self.send_head(206 if start else 200, headers)
         at = int(len(part) * fault.at) if fault else 0
         if kind == "chunked-cut":
             self.wfile.write(b"%x\r\n" % len(part) + part[:at])
@@ -287,17 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(part)
 
     def _json(self, status: int, body: dict[str, Any]) -> None:
-        self._send(status, json.dumps(body).encode(), "application/json")
-
-    def _send(self, status: int, body: bytes, kind: str) -> None:
-        self._headers(status, {"Content-Type": kind, "Content-Length": str(len(body))})
-        self.wfile.write(body)
-
-    def _headers(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send(status, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 def schedule(faults: Iterable[tuple[str, float]]) -> deque[Fault]:

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.sources import embedded
+from serve.sources import embedded, registry
 from serve.sources.meter import Meter
 from tests.conftest import KEY, ROOT, RunningApp, StartApp
 from tests.test_clients_node import CODEX, installed
@@ -91,7 +91,7 @@ def model_folder(tmp_path: Path) -> Iterator[Path]:
     from serve.quantization.gguf import load_gguf
 
     kept = ROOT / ".test-cache" / "gpt_oss_app_runtime" / "models" / "embedded"
-    with Meter(lambda progress: None, embedded.REFERENCE, embedded.NAME) as meter:
+    with Meter(lambda progress: None, embedded.REFERENCE, registry.NAME) as meter:
         weights = embedded.fetch(kept, meter)
     model, tokenizer = load_gguf(weights, torch.bfloat16)
     model.config.max_position_embeddings = CONTEXT

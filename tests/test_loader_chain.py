@@ -18,6 +18,7 @@ from serve.settings import Settings, from_env
 from serve.values import PassedOver, Progress
 from tests.fake_git import FakeGit, serving_git
 from tests.fake_hub import FakeHub, repository_of, schedule, serving
+from tests.openxlab_sdk import openxlab_sdk  # noqa: F401
 from tests.tiny import tiny_gpt_oss, tiny_llama
 
 DEAD = "http://127.0.0.1:9"
@@ -165,13 +166,11 @@ def test_a_git_lfs_mirror_with_a_subfolder_loads(
 
 @pytest.mark.real
 def test_openxlab_loads_and_its_failure_leads_to_the_next_source(
-    hub: FakeHub, tmp_path: Path
+    hub: FakeHub,
+    tmp_path: Path,
+    openxlab_sdk: Path,  # noqa: F811
 ) -> None:
-    from serve.sources import openxlab
-
-    kept = Path(__file__).parent.parent / ".test-cache" / "openxlab_sdk"
-    openxlab.install_sdk(kept)
-    shutil.copytree(kept, tmp_path / "gpt_oss_app_runtime" / "openxlab_sdk")
+    shutil.copytree(openxlab_sdk, tmp_path / "gpt_oss_app_runtime" / "openxlab_sdk")
     named = {"OPENXLAB_MODEL_REPO": "o/tiny-llama", "OPENXLAB_ENDPOINT": hub.base}
     hub.listing_faults = deque(["503"])
     road = Road(tmp_path, **named, MODEL_IDS="o/tiny-llama", MODELSCOPE_ENDPOINT=hub.base)

@@ -6,7 +6,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +19,8 @@ from serve.sources.http import create_client
 from serve.sources.meter import Meter
 from serve.sources.offer import SourceFailed
 from tests.fake_hub import FakeHub, schedule, serving
+from tests.fake_registry import registry_with
+from tests.openxlab_sdk import openxlab_sdk  # noqa: F401
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -26,12 +30,9 @@ FILES = {
 KEYS = ("my-access-key", "my-secret-key")
 
 
-@pytest.fixture(scope="module")
-def sdk() -> Path:
-    """Installed once from the package registry and kept between test runs."""
-    folder = Path(__file__).parent.parent / ".test-cache" / "openxlab_sdk"
-    openxlab.install_sdk(folder)
-    return folder
+@pytest.fixture
+def sdk(openxlab_sdk: Path) -> Path:  # noqa: F811
+    return openxlab_sdk
 
 
 @pytest.fixture
@@ -111,7 +112,45 @@ def test_without_a_package_registry_the_fix_is_a_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setattr(openxlab, "SDK", "no-such-package-here==0.0.0")
     with pytest.raises(SourceFailed) as failed:
         openxlab.install_sdk(tmp_path / "sdk")
     assert "pip install --no-deps" in failed.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["sdk.lock"]
+
+
+def test_a_registry_may_be_slow_as_long_as_pip_is_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers after 6 s; pip waits for 15 unless its user says otherwise."""
+    monkeypatch.setattr(openxlab, "SDK", "openxlab==9.9.9")
+    monkeypatch.setattr(openxlab, "SDK_EXTRAS", ())
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with registry_with("openxlab", "9.9.9", seconds=6.0) as index:
+        monkeypatch.setenv("PIP_INDEX_URL", index)
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "1")
+        with pytest.raises(SourceFailed, match="could not fetch openxlab"):
+            openxlab.install_sdk(tmp_path / "sdk")
+        monkeypatch.delenv("PIP_DEFAULT_TIMEOUT")
+        openxlab.install_sdk(tmp_path / "sdk")
+    assert (tmp_path / "sdk" / "openxlab" / "__init__.py").exists()
+
+
+def test_of_two_that_need_it_at_once_one_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_pip(arguments: list[str], what: str, fix: str, **_: Any) -> None:
+        ran.append(what)
+        time.sleep(0.3)
+        made = Path(arguments[arguments.index("--target") + 1])
+        (made / "openxlab").mkdir(parents=True)
+        (made / "openxlab" / "__init__.py").touch()
+
+    monkeypatch.setattr(openxlab, "run_pip", run_pip)
+    with ThreadPoolExecutor(4) as pool:
+        for task in [pool.submit(openxlab.install_sdk, tmp_path / "sdk") for _ in range(4)]:
+            task.result()
+    assert ran == [openxlab.SDK]

@@ -25,7 +25,7 @@ import httpx
 from filelock import FileLock, Timeout
 
 from serve.sources.http import check_status, unreachable
-from serve.sources.meter import Meter
+from serve.sources.meter import Meter, gigabytes
 from serve.sources.offer import Offer, RemoteFile, SourceFailed, Unreachable, is_plain_name
 
 log = logging.getLogger(__name__)
@@ -124,10 +124,6 @@ def write_manifest(offer: Offer, folder: Path) -> None:
 
 def _part(folder: Path, file: RemoteFile) -> Path:
     return folder / (file.path + ".part")
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 class _Broken(Exception):

