@@ -125,9 +125,14 @@ def embedded_app() -> Iterator[RunningApp]:
         app.stop()
 
 
+LONGEST_FIRST = ("test_app.py", "test_ui_browser.py", "test_ui_accessibility.py", "test_vision_")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A browser on a machine of two busy cores may miss a time limit: it gets another try. What is
-    wrong with the page fails every time."""
+    wrong with the page fails every time. Files that take minutes come first: the workers, each of
+    which runs whole files, then end together."""
     for item in items:
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.flaky(reruns=2))
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST_FIRST))
