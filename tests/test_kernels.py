@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 from serve.engine.attention import Call
 from serve.engine.attention import reference as attention_reference
 from serve.engine.kernels import attention, experts, fused, mxfp4, w4
-from serve.engine.kernels.draws import draw
+from serve.engine.kernels.draws import draw, follow
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 from tests.test_kernels_checkpoint import save, tiny
 
@@ -413,3 +413,11 @@ def test_every_kernel_compiles_for(capability: int) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled") >= 12
+
+
+def test_a_row_follows_what_another_drew_or_keeps_the_id_it_was_given() -> None:
+    drawn = torch.tensor([40, -1, 42, 2**40])
+    sources = torch.tensor([3, -1, 1, 0, -1])
+    ids = torch.full((5,), -9)
+    follow(torch.tensor([1, 2, 3, 4, 5]), sources, drawn, ids)
+    assert ids.tolist() == [2**40, 2, 0, 40, 5], "an id that could not be drawn is read as 0"

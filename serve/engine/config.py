@@ -16,6 +16,7 @@ class EngineConfig:
     `max_waiting` and `max_waiting_tokens` bound the queue, `queue_timeout` (seconds, None: for
     ever) a place in it. `kv_cache_gb` None sizes the cache from free memory. `packs_weights` lets a
     CPU hold linear layers a second time as fp16; `fast_layers` off runs stock layers only.
+    `runs_ahead`: a GPU computes its next step while the host reads the last one's ids.
     """
 
     max_running: int = 64
@@ -27,6 +28,7 @@ class EngineConfig:
     threads: int | None = None
     packs_weights: bool = False
     fast_layers: bool = True
+    runs_ahead: bool = True
     queue_timeout: float | None = 300.0
 
     def for_device(self, device_type: str) -> EngineConfig:

@@ -10,7 +10,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from serve.engine.config import EngineConfig
 from serve.engine.sequence import Request
+from serve.errors import Overloaded
 
 RATE_WINDOW_SECONDS = 10.0
 
@@ -38,6 +40,20 @@ class Line:
         if tokens is not None:
             self.tokens -= tokens
             self.left_at.append(time.monotonic())
+
+    def check(self, request: Request, config: EngineConfig) -> None:
+        """Raises Overloaded when the request would make the line too long; a lone request is never
+        too much."""
+        is_full = self.requests >= config.max_waiting
+        is_much = self.tokens + request.prompt_length > config.max_waiting_tokens
+        if not self.requests or not (is_full or is_much):
+            return
+        wait = self.wait_seconds(self.requests)
+        wait = 10.0 if wait is None else min(max(wait, 1.0), 600.0)
+        raise Overloaded(
+            f"{self.requests} requests are waiting already. Try again in {wait:.0f} s.",
+            retry_after=wait,
+        )
 
     def wait_seconds(self, ahead: int) -> float | None:
         """Until `ahead` others have left, at the pace of the last ones; None before two left."""

@@ -2,8 +2,10 @@
 
 Any thread may submit and cancel; both only leave a note in the inbox. The thread reads the inbox,
 lets the scheduler choose, runs the model once, hands each drawn id to its request's mailbox, and
-does it again. Whatever goes wrong in a step ends the requests of that step with a clear error and
-nothing else. Knows no text, no roles and no HTTP; made by create_engine for app.py.
+does it again. Where the runner can, a step of decodes is begun before the ids of the one before are
+read: then what an id decides (an end, above all) shows one step late, and what was drawn for an
+ended choice is discarded. Whatever goes wrong in a step ends the requests of that step with a clear
+error and nothing else. Knows no text, no roles and no HTTP; made by create_engine for app.py.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from serve.engine.demand import Line, Rate
 from serve.engine.face import EngineStats, GenerationRequest, Mailbox, Waiting
 from serve.engine.faults import is_out_of_memory, public
 from serve.engine.runner import (
+    Launched,
     Runner,
     Shifts,
     StepInputs,
@@ -33,13 +36,16 @@ from serve.engine.runner import (
 )
 from serve.engine.sampling import Draw, mix
 from serve.engine.scheduler import Chunk, Scheduler
-from serve.engine.sequence import Request, Sequence, Status
+from serve.engine.sequence import Request, Status
 from serve.engine.validation import check_request
 from serve.errors import EngineFailed, Overloaded, ServeError, Unavailable
 
 log = logging.getLogger(__name__)
 
 TELL_WAITING_SECONDS = 1.0
+
+# Chunks that were computed, each with what it drew, if it draws.
+Drawn = list[tuple[Chunk, Draw | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class PagedEngine:
         self._lock = threading.Condition()
         self._inbox: deque[Request | _Cancel] = deque()
         self._line = Line()
+        self._launched: Launched | None = None
         self._is_closing = False
         self._is_stopped = False
         self._step_began = 0.0
@@ -96,7 +103,7 @@ class PagedEngine:
         with self._lock:
             if self._is_closing or self._is_stopped:
                 raise Unavailable("The engine is shutting down. Try again later.", retry_after=10)
-            self._check_line(made)
+            self._line.check(made, self._config)
             self._line.enter(made)
             self._inbox.append(made)
             self._lock.notify_all()
@@ -135,12 +142,16 @@ class PagedEngine:
     # -- the engine's thread -----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Read the inbox, schedule, run, advance, deliver."""
+        """Read the inbox, schedule, run, advance, deliver. A step that is launched is read by the
+        next call, after that has launched its own where it can."""
         self._read_inbox()
-        chunks = self._scheduler.schedule()
-        if chunks:
-            draws = self._run(chunks)
-            self._advance(draws)
+        before = self._launched
+        chunks = self._scheduler.ahead(before.chunks) if before else self._scheduler.schedule()
+        self._launched = self._launch(chunks, before)
+        if before is not None:
+            self._advance(self._take(before))
+        elif chunks and self._launched is None:
+            self._advance(self._run(chunks))
         self._deliver()
 
     def _loop(self) -> None:
@@ -160,7 +171,7 @@ class PagedEngine:
         """False when the thread is to end."""
         with self._lock:
             while not self._is_stopped:
-                if self._inbox or self._scheduler.has_work:
+                if self._inbox or self._launched or self._scheduler.has_work:
                     return True
                 if self._is_closing:
                     self._is_stopped = True
@@ -193,9 +204,29 @@ class PagedEngine:
             return
         self._scheduler.add(request)
 
-    def _run(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
-        """Run the chunks; each with what it drew, if it draws. A step that fails ends its own
-        requests; one that has no memory is halved once first."""
+    def _launch(self, chunks: list[Chunk], before: Launched | None) -> Launched | None:
+        if not chunks or not self._config.runs_ahead:
+            return None
+        try:
+            return self._runner.launch(chunks, before)
+        except Exception:  # it runs again, waited for: what is wrong shows there and is handled
+            log.exception("A step could not be launched; it will be run")
+            return None
+
+    def _take(self, launched: Launched) -> Drawn:
+        """What a launched step drew for those that have not ended since."""
+        try:
+            drawn = zip(launched.chunks, self._runner.take(launched), strict=True)
+        except Exception as error:  # the engine's boundary, as below
+            return self._fail_chunks(list(filter(_is_running, launched.chunks)), error)
+        done: Drawn = [(chunk, draw) for chunk, draw in drawn if _is_running(chunk)]
+        for chunk, _ in done:
+            self._scheduler.computed(chunk)
+        return done
+
+    def _run(self, chunks: list[Chunk]) -> Drawn:
+        """Run the chunks. A step that fails ends its own requests; one that has no memory is halved
+        once first."""
         try:
             return self._run_once(chunks)
         except (MemoryError, RuntimeError) as error:
@@ -205,14 +236,14 @@ class PagedEngine:
         except Exception as error:  # the engine's boundary, as above
             return self._fail_chunks(chunks, error)
 
-    def _run_once(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
+    def _run_once(self, chunks: list[Chunk]) -> Drawn:
         draws = iter(self._runner.run(chunks))
         done = [(chunk, next(draws) if chunk.draws else None) for chunk in chunks]
         for chunk in chunks:
             self._scheduler.computed(chunk)
         return done
 
-    def _run_half(self, chunks: list[Chunk]) -> list[tuple[Chunk, Draw | None]]:
+    def _run_half(self, chunks: list[Chunk]) -> Drawn:
         self._runner.free_memory()
         chunks = sorted(chunks, key=lambda chunk: chunk.sequence.age)
         half = sorted(chunks[: max(len(chunks) // 2, 1)], key=lambda chunk: chunk.count)
@@ -228,15 +259,13 @@ class PagedEngine:
             largest = max(half, key=lambda chunk: (chunk.count, chunk.end))
             return self._fail_chunks([largest], error)
 
-    def _fail_chunks(
-        self, chunks: list[Chunk], error: BaseException
-    ) -> list[tuple[Chunk, Draw | None]]:
+    def _fail_chunks(self, chunks: list[Chunk], error: BaseException) -> Drawn:
         log.error("A step of %d sequences failed", len(chunks), exc_info=error)
         for request in {chunk.sequence.request.number: chunk.sequence.request for chunk in chunks}:
             self._end(self._requests[request], public(error))
         return []
 
-    def _advance(self, done: list[tuple[Chunk, Draw | None]]) -> None:
+    def _advance(self, done: Drawn) -> None:
         now = time.monotonic()
         self._rate.add(now, sum(draw is not None for _, draw in done))
         for chunk, draw in done:
@@ -292,6 +321,7 @@ class PagedEngine:
 
     def _fail_all(self, error: Exception) -> None:
         """Something outside the model's run broke: nothing that runs can be trusted."""
+        self._launched = None
         for request in list(self._requests.values()):
             self._end(request, public(error))
         self._deliver()
@@ -308,42 +338,11 @@ class PagedEngine:
     # -- the queue ---------------------------------------------------------------------------------
 
     def _make(self, request: GenerationRequest, mailbox: Mailbox) -> Request:
-        sampling = request.sampling
         room = self._context_length - len(request.prompt.ids)
-        ends = request.stop_ids | frozenset(sampling.stop_token_ids)
-        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
-        made = Request(
-            number=next(self._numbers),
-            generation=request,
-            mailbox=mailbox,
-            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            ends=ends if sampling.ignore_eos else ends | self._eos_ids,
-            seed=seed,
-            counts_draws=bool(
-                sampling.frequency_penalty
-                or sampling.presence_penalty
-                or sampling.repetition_penalty != 1.0
-            ),
-        )
-        made.sequences = [
-            Sequence(made, choice, list(request.prompt.ids), mix(seed % 2**64) ^ choice)
-            for choice in range(sampling.n)
-        ]
-        return made
-
-    def _check_line(self, request: Request) -> None:
-        line, config = self._line, self._config
-        is_full = line.requests >= config.max_waiting
-        if not is_full and line.tokens + request.prompt_length <= config.max_waiting_tokens:
-            return
-        if not line.requests:
-            return  # a lone request is never too much
-        wait = line.wait_seconds(line.requests)
-        wait = 10.0 if wait is None else min(max(wait, 1.0), 600.0)
-        raise Overloaded(
-            f"{line.requests} requests are waiting already. Try again in {wait:.0f} s.",
-            retry_after=wait,
-        )
+        seed = request.sampling.seed
+        seed = self._seeds.getrandbits(64) if seed is None else seed % 2**64
+        number = next(self._numbers)
+        return Request.create(number, request, mailbox, room, self._eos_ids, mix(seed))
 
     def _expire(self) -> None:
         """Tell those who wait their place; end those who waited too long."""
@@ -362,6 +361,10 @@ class PagedEngine:
                 request.told_ahead = ahead
                 request.outbox.append(Waiting(ahead, self._line.wait_seconds(ahead)))
                 self._touched[request.number] = request
+
+
+def _is_running(chunk: Chunk) -> bool:
+    return chunk.sequence.status is Status.RUNNING
 
 
 def create_engine(

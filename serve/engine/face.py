@@ -160,7 +160,7 @@ class Engine(Protocol):
         ...
 
     def cancel(self, number: int, choice: int | None = None) -> None:
-        """End a request, or one choice of it (which then gets no SequenceEnded), within one step,
+        """End a request, or one choice of it (which then gets no SequenceEnded), within two steps,
         whatever its state. When its last choice is cancelled the request ends. Unknown numbers are
         ignored."""
         ...

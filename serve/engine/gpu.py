@@ -3,8 +3,9 @@
 `GpuSteps` runs a whole step: when every sequence brings one token, a graph captured for that batch
 size (rounded up; the rest is padding that stores nothing) is replayed; anything else runs launch by
 launch. gpt-oss with MXFP4 experts goes through FusedGptOss instead of its modules. What only a
-temperature shapes is drawn in the graph too. Knows layouts and tensors, no requests; runner.py
-calls it.
+temperature shapes is drawn in the graph too, and then a step need not be waited for: the next one
+takes the ids where the last one left them. Knows layouts and tensors, no requests; runner.py calls
+it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from torch import Tensor
 from serve.engine import sampling
 from serve.engine.attention import Layout
 from serve.engine.attention_gpu import KernelBackend
-from serve.engine.cache import BlockTable, GroupSpec
+from serve.engine.cache import GroupSpec
 from serve.engine.config import EngineConfig
-from serve.engine.kernels.draws import draw
+from serve.engine.kernels.draws import draw, follow
 from serve.engine.kernels.experts import Mxfp4Experts
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 from serve.engine.sampling import Draw
-from serve.engine.sequence import Sequence as Choice
+from serve.engine.scheduler import Chunk
 from serve.engine.sizing import LayerShape
+from serve.engine.staging import StagedInputs, StagedTables
 from serve.values import Sampling
 
 log = logging.getLogger(__name__)
@@ -94,11 +96,14 @@ def stock_step(model: Any, backend: KernelBackend) -> Step:
 class _Graph:
     graph: torch.cuda.CUDAGraph
     logits: Tensor
-    drawn: Tensor
 
 
 class GpuSteps:
-    """`columns[g]`: the most blocks a sequence has in group g."""
+    """`columns[g]`: the most blocks a sequence has in group g.
+
+    Two launched steps may be under way, each in its place, 0 or 1: the memory that its inputs are
+    sent from and its ids come back to.
+    """
 
     def __init__(
         self,
@@ -113,10 +118,14 @@ class GpuSteps:
         sizes = [size for size in SIZES if size < max_running]
         self._sizes = [*sizes, min(max_running, SIZES[-1])]
         most, groups = self._sizes[-1], len(columns)
-        self._inputs = _Inputs(most, groups, self._device)
-        self._tables = [_Tables(most, width, self._device) for width in columns]
+        self._inputs = StagedInputs(most, groups, self._device)
+        self._tables = [StagedTables(most, width, self._device) for width in columns]
         self._one_each = torch.arange(most + 1, dtype=torch.int32, device=self._device)
-        self._out = torch.empty(most, dtype=torch.int64, pin_memory=True)
+        self._ids, self._drawn = torch.zeros((2, most), dtype=torch.int64, device=self._device)
+        is_cuda = self._device.type == "cuda"
+        self._out = torch.empty((2, most), dtype=torch.int64, pin_memory=is_cuda)
+        self._place = 0
+        self._done: tuple[torch.cuda.Event, ...] = ()
         self._temperatures: dict[int, tuple[Sampling, float | None]] = {}
         self._graphs: dict[int, _Graph] = {}
 
@@ -124,17 +133,17 @@ class GpuSteps:
     def capture(self) -> None:
         """Capture every size, the largest first so that the others fit in its memory."""
         began = time.monotonic()
-        self._inputs.pad(0)
-        self._inputs.push()
+        self._done = (torch.cuda.Event(), torch.cuda.Event())
+        self._inputs.host[0].pad(0)
+        self._inputs.push(0)
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            batch = self._batch(size)
-            self._compute(batch)  # compiles what this size needs, outside the capture
+            self._compute(size)  # compiles what this size needs, outside the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits, drawn = self._compute(batch)
-            self._graphs[size] = _Graph(graph, logits, drawn)
+                logits = self._compute(size)
+            self._graphs[size] = _Graph(graph, logits)
         log.info("Captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
 
     @torch.inference_mode()
@@ -164,27 +173,29 @@ class GpuSteps:
     def can_replay(self, layout: Layout) -> bool:
         return layout.decodes == len(layout.counts) <= self._sizes[-1]
 
-    def plain_draws(self, choices: Sequence[Choice]) -> Draws | None:
-        """Each row's temperature and noise, or None when a row needs more than those."""
+    def plain_draws(self, chunks: Sequence[Chunk]) -> Draws | None:
+        """The temperature and noise of each chunk's draw, or None when one needs more than
+        those."""
         temperatures = []
-        for choice in choices:
-            options = choice.request.generation.sampling
+        for chunk in chunks:
+            options = chunk.sequence.request.generation.sampling
             known = self._temperatures.get(id(options))
             if known is None or known[0] is not options:
                 if len(self._temperatures) > 4096:
                     self._temperatures.clear()
                 known = self._temperatures[id(options)] = (options, plain_temperature(options))
-            if known[1] is None or choice.matcher is not None:
+            if known[1] is None or chunk.sequence.matcher is not None:
                 return None
             temperatures.append(known[1])
-        seeds, drawn = [c.seed for c in choices], [c.drawn for c in choices]
+        seeds = [chunk.sequence.seed for chunk in chunks]
+        drawn = [chunk.end - chunk.sequence.request.prompt_length for chunk in chunks]
         return np.stack((np.array(temperatures), uniforms(seeds, drawn))).astype(np.float32)
 
     def logits(self, layout: Layout, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
         """The logits of `rows`, on the device, to be used before the next step."""
         if self.can_replay(layout):
-            logits, _ = self._replay(layout, ids, rows, np.zeros((2, len(rows)), np.float32))
-            return logits[list(rows)]
+            self._wait(self.launch(layout, ids, rows, np.zeros((2, len(rows)), np.float32)))
+            return self._logits(self._size(len(ids)))[list(rows)]
         return self._mixed(layout, ids, rows)
 
     @torch.inference_mode()
@@ -197,9 +208,7 @@ class GpuSteps:
     ) -> list[Draw]:
         """The ids that `rows` draw by their temperatures and noise."""
         if self.can_replay(layout):
-            _, drawn = self._replay(layout, ids, rows, draws)
-            every = drawn.tolist()
-            return _outcomes([every[row] for row in rows])
+            return self.take(self.launch(layout, ids, rows, draws), rows)
         logits = self._mixed(layout, ids, rows)
         if not rows:
             return []
@@ -209,34 +218,63 @@ class GpuSteps:
         return _outcomes(found.tolist())
 
     @torch.inference_mode()
-    def _replay(
+    def launch(
         self,
         layout: Layout,
         ids: Sequence[int],
         rows: Sequence[int],
         draws: Draws,
-    ) -> tuple[Tensor, Tensor]:
-        """One token each: logits [sequences, vocabulary] on the device (overwritten by the next
-        step), and what every row drew, on the host; `draws` are those of `rows`."""
+        sources: Sequence[int] = (),
+    ) -> int:
+        """Begin a step of one token each, and return its place without waiting for it; can_replay
+        must have said yes. `draws` are those of `rows`. A row whose source is not negative takes,
+        instead of its id, what that row of the step before drew. The place must not be under way:
+        of two launched steps the first is taken before a third is launched."""
         count, block = len(ids), layout.block_size
-        size = next(size for size in self._sizes if size >= count)
-        inputs, starts = self._inputs, np.array(layout.starts)
+        place = self._place = 1 - self._place
+        self._wait(place)  # its memory may still be read by a step that nobody took
+        inputs, starts = self._inputs.host[place], np.array(layout.starts)
         inputs.pad(count)
         inputs.numbers[0, :count] = ids
         inputs.numbers[1, :count] = layout.rotary_starts  # shifted behind a picture
+        inputs.numbers[2, : len(sources)] = sources
         inputs.lengths[:count] = starts + 1
         inputs.draws[:, list(rows)] = draws
         column, offset, every = starts // block, starts % block, np.arange(count)
         for group, tables in enumerate(self._tables):
-            tables.update([held[group] for held in layout.tables])
+            tables.update(place, [held[group] for held in layout.tables])
             blocks = tables.host[every, column].astype(np.int64)
-            inputs.numbers[2 + group, :count] = blocks * block + offset
-        inputs.push()
-        captured = self._graphs[size]
-        captured.graph.replay()
-        self._out[:count].copy_(captured.drawn[:count], non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
-        return captured.logits[:count], self._out[:count]
+            inputs.numbers[3 + group, :count] = blocks * block + offset
+        self._enqueue(place, count)
+        return place
+
+    def take(self, place: int, rows: Sequence[int]) -> list[Draw]:
+        """Wait for a launched step: the ids its `rows` drew."""
+        self._wait(place)
+        every = self._out[place].tolist()
+        return _outcomes([every[row] for row in rows])
+
+    # -- what is the device's: tests on a CPU put their own in the place of these four -------------
+
+    def _enqueue(self, place: int, count: int) -> None:
+        """Everything a launched step does on the device, in this order."""
+        self._inputs.push(place)
+        for tables in self._tables:
+            tables.push(place)
+        self._replay(self._size(count))
+        self._out[place, :count].copy_(self._drawn[:count], non_blocking=True)
+        self._done[place].record()
+
+    def _wait(self, place: int) -> None:
+        """Until the step launched last in this place is done."""
+        self._done[place].synchronize()
+
+    def _replay(self, size: int) -> None:
+        self._graphs[size].graph.replay()
+
+    def _logits(self, size: int) -> Tensor:
+        """[size, vocabulary] of the last step of this size; overwritten by the next."""
+        return self._graphs[size].logits
 
     @torch.inference_mode()
     def _mixed(self, layout: Layout, ids: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -245,20 +283,24 @@ class GpuSteps:
         wanted = torch.tensor(rows, dtype=torch.long, device=self._device)
         return self._step(batch, wanted)
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self._step(batch, None)
-        size = batch.ids.shape[0]
-        drawn = torch.empty(size, dtype=torch.int64, device=self._device)
+    def _size(self, count: int) -> int:
+        return next(size for size in self._sizes if size >= count)
+
+    def _compute(self, size: int) -> Tensor:
+        """The work of a step of `size` rows, all of it on the device."""
+        given, _, sources = self._inputs.device_numbers[:3, :size]
+        follow(given, sources, self._drawn, self._ids[:size])
+        logits = self._step(self._batch(size), None)
         temperatures, noise = self._inputs.device_draws[:, :size]
-        draw(logits, temperatures, noise, drawn)
-        return logits, drawn
+        draw(logits, temperatures, noise, self._drawn[:size])
+        return logits
 
     def _batch(self, size: int) -> Batch:
         numbers = self._inputs.device_numbers
         return Batch(
-            ids=numbers[0, :size],
+            ids=self._ids[:size],
             positions=numbers[1, :size],
-            slots=tuple(numbers[2 + g, :size] for g in range(len(self._tables))),
+            slots=tuple(numbers[3 + g, :size] for g in range(len(self._tables))),
             tables=tuple(table.device[:size] for table in self._tables),
             lengths=self._inputs.device_lengths[:size],
             query_start=self._one_each[: size + 1],
@@ -270,61 +312,6 @@ class GpuSteps:
 def _outcomes(ids: list[int]) -> list[Draw]:
     unsound = "The model computed numbers that are not finite."
     return [Draw(i) if i >= 0 else Draw(problem=unsound) for i in ids]
-
-
-class _Inputs:
-    """What changes with every step, in one piece of pinned memory and its copy on the device:
-    `numbers` int64 [2 + groups, most] (ids, positions, slots), `lengths` int32 [most], `draws`
-    float32 [2, most]."""
-
-    def __init__(self, most: int, groups: int, device: torch.device) -> None:
-        self._cuts = ((2 + groups) * most * 8, most * 4, most * 8)
-        self._shape = (2 + groups, most)
-        self._pinned = torch.zeros(sum(self._cuts), dtype=torch.uint8, pin_memory=True)
-        self._device = torch.zeros(sum(self._cuts), dtype=torch.uint8, device=device)
-        numbers, lengths, draws = self._views(self._pinned)
-        self.numbers, self.lengths, self.draws = numbers.numpy(), lengths.numpy(), draws.numpy()
-        self.device_numbers, self.device_lengths, self.device_draws = self._views(self._device)
-
-    def _views(self, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        numbers, lengths, draws = held.split(self._cuts)
-        return (
-            numbers.view(torch.int64).view(self._shape),
-            lengths.view(torch.int32),
-            draws.view(torch.float32).view(2, -1),
-        )
-
-    def pad(self, start: int) -> None:
-        """From row `start` on: nothing stored, no keys seen, greedy."""
-        self.numbers[:2, start:] = 0
-        self.numbers[2:, start:] = -1
-        self.lengths[start:] = 0
-        self.draws[:] = 0
-
-    def push(self) -> None:
-        self._device.copy_(self._pinned, non_blocking=True)
-
-
-class _Tables:
-    """One group's block tables, row by row; only rows that changed are written, and nothing is
-    sent while none did (a sequence needs a new block once in block_size steps)."""
-
-    def __init__(self, most: int, columns: int, device: torch.device) -> None:
-        self._pinned = torch.zeros((most, columns), dtype=torch.int32, pin_memory=True)
-        self.device = torch.zeros((most, columns), dtype=torch.int32, device=device)
-        self.host = self._pinned.numpy()
-        self._rows: list[tuple[BlockTable, int] | None] = [None] * most
-
-    def update(self, tables: Sequence[BlockTable]) -> None:
-        rows = columns = 0
-        for row, table in enumerate(tables):
-            held = self._rows[row]
-            if held is None or held[0] is not table or held[1] != table.count:
-                self._rows[row] = (table, table.count)
-                self.host[row, : table.count] = table.ids[: table.count]
-                rows, columns = row + 1, max(columns, table.count)
-        if rows:
-            self.device[:rows, :columns].copy_(self._pinned[:rows, :columns], non_blocking=True)
 
 
 def create_steps(

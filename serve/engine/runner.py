@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,14 @@ def token_inputs(
     model: Any, chunks: Sequence[Chunk], ids: Tensor, positions: Tensor
 ) -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": positions}
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step under way: one id for each of its chunks, which nobody has read yet."""
+
+    chunks: Sequence[Chunk]
+    place: int
 
 
 class Runner:
@@ -90,19 +99,46 @@ class Runner:
     def run(self, chunks: Sequence[Chunk]) -> list[Draw]:
         """Compute the chunks (decodes first) and draw for those that end at their sequence's last
         id, in order."""
-        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         shifts = self._shifts(chunks)
         if self._steps is not None and shifts is not None:
-            plain = self._steps.plain_draws(drawing)
+            plain = self._steps.plain_draws([chunk for chunk in chunks if chunk.draws])
             if plain is not None:
                 layout, ids, rows = self._pack(chunks, shifts)
                 return self._steps.draw(layout, ids, rows, plain)
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         if any(choice.matcher is not None for choice in drawing):
             pending = self._beside.submit(sampling.fill_masks, drawing, self.vocabulary)
             logits = self.forward(chunks)
             return sampling.draw(logits, drawing, pending.result())
         logits = self.forward(chunks)
         return sampling.draw(logits, drawing) if drawing else []
+
+    def launch(self, chunks: Sequence[Chunk], after: Launched | None) -> Launched | None:
+        """Begin a step of one id each and return while the device computes it; None when `run` has
+        to do it. Ids not known yet are taken where `after`, the step under way, draws them."""
+        shifts = self._shifts(chunks)
+        if self._steps is None or shifts is None or any(chunk.count > 1 for chunk in chunks):
+            return None
+        if after is None and not all(chunk.draws for chunk in chunks):
+            return None
+        layout, plain = self._layout(chunks, shifts), self._steps.plain_draws(chunks)
+        if plain is None or not self._steps.can_replay(layout):
+            return None
+        rows = () if after is None else after.chunks
+        row_of = {chunk.sequence: row for row, chunk in enumerate(rows)}
+        ids, sources = [], []
+        for chunk in chunks:
+            known = chunk.sequence.ids
+            is_known = chunk.start < len(known)
+            ids.append(known[chunk.start] if is_known else 0)
+            sources.append(-1 if is_known else row_of[chunk.sequence])
+        every = range(len(chunks))
+        return Launched(chunks, self._steps.launch(layout, ids, every, plain, sources))
+
+    def take(self, launched: Launched) -> list[Draw]:
+        """Wait for a launched step: what each of its chunks drew."""
+        assert self._steps is not None, "it was launched by nobody"
+        return self._steps.take(launched.place, range(len(launched.chunks)))
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[rows that draw, vocabulary]"""

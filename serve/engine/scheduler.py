@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from serve.engine.cache import KVCache
@@ -108,6 +109,22 @@ class Scheduler:
             chunks = self._prefills(entered)
         return chunks
 
+    def ahead(self, chunks: Many[Chunk]) -> list[Chunk]:
+        """The step after `chunks`, while those are still being computed: one more id for each that
+        `limit` does not end. Empty when what comes next depends on their ids: somebody may enter,
+        a prompt is in work, or blocks are short."""
+        going = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
+        if len(going) < len(self.running) or self._next_in_line() is not None:
+            return []
+        made = []
+        for chunk in going:
+            request = chunk.sequence.request
+            if chunk.end + 1 - request.prompt_length < request.limit:
+                if not self.cache.extend(chunk.sequence, chunk.end + 1):
+                    return []
+                made.append(Chunk(chunk.sequence, chunk.end, 1))
+        return made
+
     def computed(self, chunk: Chunk) -> None:
         """The chunk's keys and values are in the cache (before its drawn id is appended)."""
         sequence = chunk.sequence
@@ -186,11 +203,9 @@ class Scheduler:
         budget = self.prefill_chunk - sum(s.uncomputed for s in prompts)
         count = len(prompts)
         entered: list[Sequence] = []
-        while len(self.running) < self.max_running and (budget > 0 or count < _PROMPTS_AT_ONCE):
-            sequence = self.returning[0] if self.returning else self.waiting.first()
-            if sequence is None or not self.cache.can_admit(
-                sequence, self.prefill_chunk, self.running
-            ):
+        while budget > 0 or count < _PROMPTS_AT_ONCE:
+            sequence = self._next_in_line()
+            if sequence is None:
                 break
             if self.returning:
                 self.returning.pop(0)
@@ -201,6 +216,15 @@ class Scheduler:
             budget -= sequence.uncomputed
             count += 1
         return entered
+
+    def _next_in_line(self) -> Sequence | None:
+        """Who may enter now: a row is free and its ids fit."""
+        if len(self.running) >= self.max_running:
+            return None
+        sequence = self.returning[0] if self.returning else self.waiting.first()
+        if sequence is None or self.cache.can_admit(sequence, self.prefill_chunk, self.running):
+            return sequence
+        return None
 
     def _enter(self, sequence: Sequence) -> None:
         shared = self.cache.admit(sequence)

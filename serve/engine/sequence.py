@@ -54,6 +54,36 @@ class Request:
     told_ahead: int = -1
     counts_draws: bool = False
 
+    @classmethod
+    def create(
+        cls,
+        number: int,
+        generation: GenerationRequest,
+        mailbox: Mailbox,
+        room: int,
+        eos_ids: frozenset[int],
+        seed: int,
+    ) -> Request:
+        """With its n choices; `room` ids fit behind its prompt, `seed` is 64 well mixed bits."""
+        sampling = generation.sampling
+        ends = generation.stop_ids | frozenset(sampling.stop_token_ids)
+        made = cls(
+            number=number,
+            generation=generation,
+            mailbox=mailbox,
+            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            ends=ends if sampling.ignore_eos else ends | eos_ids,
+            seed=seed,
+            counts_draws=bool(
+                sampling.frequency_penalty
+                or sampling.presence_penalty
+                or sampling.repetition_penalty != 1.0
+            ),
+        )
+        prompt = generation.prompt.ids
+        made.sequences = [Sequence(made, c, list(prompt), seed ^ c) for c in range(sampling.n)]
+        return made
+
     @property
     def tenant(self) -> str:
         return self.generation.tenant

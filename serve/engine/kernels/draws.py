@@ -30,3 +30,9 @@ def draw(logits: Tensor, temperatures: Tensor, noise: Tensor, out: Tensor) -> No
         logits, temperatures, noise, best, sums, ids, faults, out, vocabulary, chunks,
         1 << (chunks - 1).bit_length(), _CHUNK, num_warps=4,
     )  # fmt: skip
+
+
+def follow(given: Tensor, sources: Tensor, drawn: Tensor, ids: Tensor) -> None:
+    """All int64 [rows]: `ids` become `given`, but where `sources` is not negative the id that this
+    row of `drawn` holds (0 for one that could not be drawn)."""
+    kernels.follow_kernel[(ids.shape[0],)](given, sources, drawn, ids, num_warps=1)

@@ -68,3 +68,16 @@ def pick_kernel(
         place = tl.sum((tl.cumsum(odds, 0) <= rest).to(tl.int32), 0)
         final = tl.max(tl.where(odds > 0, at, 0), 0)
         tl.store(out_ptr + row, tl.minimum(chunk * CHUNK + place, final).to(tl.int64))
+
+
+@triton.jit
+def follow_kernel(
+    given_ptr: tl.tensor, sources_ptr: tl.tensor, drawn_ptr: tl.tensor, ids_ptr: tl.tensor
+) -> None:
+    """A row's id: the one given, or where its source is not negative what that row drew before."""
+    row = tl.program_id(0)
+    token = tl.load(given_ptr + row)
+    source = tl.load(sources_ptr + row)
+    if source >= 0:
+        token = tl.maximum(tl.load(drawn_ptr + source), 0)
+    tl.store(ids_ptr + row, token)
