@@ -272,6 +272,9 @@ def prepare_libraries(settings: Settings) -> None:
     }
     if settings.hf_endpoint != Settings.__dataclass_fields__["hf_endpoint"].default:
         wanted["HF_HUB_DISABLE_XET"] = "1"  # Xet's hosts are not behind a mirror
+    if settings.is_zero_gpu:
+        # There CUDA is emulated on the main thread only, until a worker has a GPU.
+        wanted["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     for variable, value in wanted.items():
         os.environ.setdefault(variable, value)
     # Gradio asks its own page over HTTP while it starts; a proxy must not get that.

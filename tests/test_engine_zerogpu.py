@@ -9,10 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -36,6 +34,7 @@ from serve.errors import (
     Unsupported,
 )
 from serve.values import Sampling
+from tests.fake_zerogpu import Scheduler, scheduling
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,51 +150,10 @@ def test_the_gpu_time_asked_for_grows_with_the_answer_and_has_an_end() -> None:
 # ---- through the real package ----
 
 
-class Scheduler:
-    """ZeroGPU's device service, as far as the package asks it."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, str]]] = []
-        self.refusal: tuple[int, dict[str, str], Any] | None = None
-        self.url = ""
-
-
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    service = Scheduler()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            url = urlsplit(self.path)
-            query = {k: v[0] for k, v in parse_qs(url.query).items()}
-            service.calls.append((url.path, query))
-            status, headers, body = 200, {}, {}  # type: int, dict[str, str], Any
-            if url.path == "/schedule":
-                allowed = sum(path == "/schedule" for path, _ in service.calls)
-                body = {"idle": allowed > 1, "nvidiaIndex": 0, "nvidiaUUID": "GPU-0",
-                        "allowToken": f"allow-{allowed}"}  # fmt: skip
-                if service.refusal is not None:
-                    status, headers, body = service.refusal
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            for name, value in {"Content-Type": "application/json", **headers}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    service.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield service
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with scheduling() as running:
+        yield running
 
 
 def run_case(case: str, scheduler: Scheduler) -> list[dict[str, Any]]:
@@ -219,18 +177,6 @@ def run_case(case: str, scheduler: Scheduler) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_worker_answers_is_kept_and_the_visitors_token_goes_along(scheduler: Scheduler) -> None:
-    first, second = run_case("answer", scheduler)
-    for case in (first, second):
-        assert case["ids"] == [5, 6, 7, 8] and case["outcome"] == "finished"
-        assert case["built_here"] == 0  # engines live in the worker only
-    paths = [path for path, _ in scheduler.calls]
-    assert paths.count("/schedule") == 2 and paths.count("/release") == 2
-    assert paths.count("/allow") == 1  # the second request found its worker there
-    asked = next(query for path, query in scheduler.calls if path == "/schedule")
-    assert asked["token"].startswith("e30.") and asked["durationSeconds"] == "22"
-
-
 def test_a_failure_in_the_worker_is_the_engines_own_error(scheduler: Scheduler) -> None:
     (case,) = run_case("fails", scheduler)
     assert (case["outcome"], case["error"], case["ids"]) == ("failed", "EngineFailed", [5])
@@ -241,12 +187,3 @@ def test_a_cancel_reaches_the_worker_and_the_gpu_is_given_back(scheduler: Schedu
     (case,) = run_case("hangs", scheduler)
     assert case["outcome"] == "cancelled" and case["ids"] == [5]
     assert "/release" in [path for path, _ in scheduler.calls]
-
-
-def test_a_spent_quota_is_429_and_no_gpu_is_503(scheduler: Scheduler) -> None:
-    scheduler.refusal = (429, {}, {"left": 3, "wait": 90})
-    (case,) = run_case("quota", scheduler)
-    assert case["error"] == "RateLimited" and case["retry_after"] == 90
-    scheduler.refusal = (503, {}, {})
-    (case,) = run_case("none", scheduler)
-    assert case["error"] == "Unavailable" and case["retry_after"] == 30
