@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu import made, others
+from bench.gpu import made, others, serving
 from bench.gpu.timing import copy_terabytes, graph_microseconds
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 
@@ -182,69 +182,6 @@ def prompts(model: Any) -> None:
         print(f"prompts 8 x 4096 in steps of {chunk}: {taken:.3f} s = {32768 / taken:.0f} in/s")
 
 
-def engine(model: Any) -> None:
-    """The engine's own rate: so many requests at once, 128 tokens in, 256 out."""
-    from serve.engine.config import EngineConfig
-    from serve.engine.engine import create_engine
-
-    config = EngineConfig(max_running=128, kv_cache_gb=8.0, prefill_chunk=2048)
-    begin = time.perf_counter()
-    made_engine = create_engine(
-        model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
-    )
-    print(f"engine ready in {time.perf_counter() - begin:.1f} s, graphs and compiling included")
-    for temperature in (0.0, 1.0):
-        for streams in (1, 8, 32, 64, 128):
-            rate, first = serve(made_engine, streams, temperature)
-            print(
-                f"engine {streams:4} streams, temperature {temperature}: {rate:8.0f} tok/s, "
-                f"first token after {first * 1e3:.0f} ms",
-                flush=True,
-            )
-    made_engine.close()
-
-
-def serve(engine: Any, streams: int, temperature: float, prompt: int = 128) -> tuple[float, float]:
-    """Output tokens a second from the first submit to the last end, and the median first token."""
-    from serve.engine.face import BlockingMailbox, Ended, GenerationRequest, Prompt
-    from serve.values import Sampling
-
-    draws = torch.randint(1, 200_000, (streams, prompt)).tolist()
-    sampling = Sampling(temperature=temperature, max_tokens=256, ignore_eos=True, seed=1)
-    mailboxes = [BlockingMailbox() for _ in draws]
-    begin = time.perf_counter()
-    for ids, mailbox in zip(draws, mailboxes, strict=True):
-        engine.submit(GenerationRequest(Prompt(tuple(ids)), sampling), mailbox)
-    ends = [next(m for m in mailbox if isinstance(m, Ended)) for mailbox in mailboxes]
-    taken = time.perf_counter() - begin
-    for end in ends:
-        if end.outcome != "finished":
-            raise RuntimeError(f"a request {end.outcome}: {end.error}")
-    firsts = sorted(end.first_token_seconds for end in ends)
-    return sum(end.completion_tokens for end in ends) / taken, firsts[len(firsts) // 2]
-
-
-def memory(model: Any) -> None:
-    """Peak memory of the engine serving 8 sequences of 8,192 tokens at once, as on a 16 GB card."""
-    from serve.engine.config import EngineConfig
-    from serve.engine.engine import create_engine
-
-    torch.cuda.reset_peak_memory_stats()
-    config = EngineConfig(max_running=8, kv_cache_gb=1.75, prefill_chunk=1024)
-    made_engine = create_engine(
-        model, eos_ids=[0], context_length=8192, device=DEVICE, config=config
-    )
-    rate, _ = serve(made_engine, 8, 1.0, prompt=7900)
-    stats = made_engine.stats()
-    made_engine.close()
-    print(
-        f"8 sequences of 8,156 tokens, {rate:.0f} tok/s over all, {stats.preemptions} preempted: "
-        f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
-        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved",
-        flush=True,
-    )
-
-
 def profile(model: Any) -> None:
     """Where a step's time goes, by kernel."""
     from torch.profiler import ProfilerActivity
@@ -272,8 +209,8 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "check": check,
     "steps": steps,
     "prompts": prompts,
-    "engine": engine,
-    "memory": memory,
+    "engine": serving.engine,
+    "memory": serving.memory,
     "load": others.load,
     "dense": others.dense,
     "stock": others.stock,

@@ -55,7 +55,8 @@ class _Cancel:
 
 
 class PagedEngine:
-    """serve.engine.face.Engine on a paged cache. `eos_ids` end every request's choices."""
+    """serve.engine.face.Engine on a paged cache. `eos_ids` end every request's choices; whether it
+    `runs_ahead` may be changed at any time."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class PagedEngine:
         self._lock = threading.Condition()
         self._inbox: deque[Request | _Cancel] = deque()
         self._line = Line()
+        self.runs_ahead = config.runs_ahead
         self._launched: Launched | None = None
         self._is_closing = False
         self._is_stopped = False
@@ -205,7 +207,7 @@ class PagedEngine:
         self._scheduler.add(request)
 
     def _launch(self, chunks: list[Chunk], before: Launched | None) -> Launched | None:
-        if not chunks or not self._config.runs_ahead:
+        if not chunks or not self.runs_ahead:
             return None
         try:
             return self._runner.launch(chunks, before)
