@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from serve.engine import gpu, sampling
+from serve.engine.config import EngineConfig
 from serve.values import Sampling
 
 
@@ -39,3 +40,11 @@ def test_whatever_shapes_a_distribution_beyond_temperature_is_not_plain(options:
 def test_a_plain_temperature_is_kept_and_a_tiny_one_is_greedy() -> None:
     assert gpu.plain_temperature(Sampling(temperature=0.7)) == 0.7
     assert gpu.plain_temperature(Sampling(temperature=1e-9)) == 0.0
+
+
+def test_a_gpu_with_room_takes_larger_steps_and_what_is_set_stays() -> None:
+    small, roomy = (EngineConfig().for_device("cuda", free) for free in (2.5, 60.0))
+    assert (small.max_running, small.prefill_chunk) == (64, 1024)
+    assert (roomy.max_running, roomy.prefill_chunk) == (128, 2048)
+    assert EngineConfig().for_device("cpu").prefill_chunk == 128
+    assert EngineConfig(max_running=3, prefill_chunk=7).for_device("cuda", 60.0).max_running == 3

@@ -345,7 +345,9 @@ def packed_awq(numbers: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("kind", ["gptq", "gptq in another order", "awq"])
-def test_four_bit_layers_compute_what_their_formats_mean(kind: str, tokens: int) -> None:
+def test_four_bit_layers_compute_what_their_formats_mean(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs, inputs, group = 72, 128, 32
     numbers = torch.randint(0, 16, (outputs, inputs))
     zeros = torch.randint(1, 16, (inputs // group, outputs))
@@ -363,6 +365,8 @@ def test_four_bit_layers_compute_what_their_formats_mean(kind: str, tokens: int)
     wanted = x.double() @ exact.T + bias.double()
     assert error(held.dequantized(torch.float64), exact) < BOUND
     assert error(w4.product(x, held, bias), wanted) < BOUND
+    monkeypatch.setattr(w4, "PIECE_BYTES", 64 * inputs * 4)  # two pieces, the second not whole
+    assert error(w4.widened_product(x, held, bias), wanted) < BOUND
     assert error(w4.w4_linear(x[None], held, bias), wanted[None]) < BOUND
 
 

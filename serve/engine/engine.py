@@ -31,6 +31,7 @@ from serve.engine.runner import (
     Shifts,
     StepInputs,
     create_runner,
+    fitted,
     no_shifts,
     token_inputs,
 )
@@ -381,7 +382,7 @@ def create_engine(
 ) -> PagedEngine:
     """An engine that runs `model`, a stock transformers model in eval mode on `device`; its thread
     is started. The context may be shortened to what the cache holds (`engine.context_length`)."""
-    config = (config or EngineConfig()).for_device(device.type)
+    config = fitted(config or EngineConfig(), device)
     runner, cache, context_length = create_runner(
         model, device, context_length=context_length, config=config, inputs=inputs, shifts=shifts
     )

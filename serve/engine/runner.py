@@ -187,6 +187,13 @@ class Runner:
         )
 
 
+def fitted(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """With what it left open chosen for the device and what is free of its memory."""
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] / 2**30 if is_cuda else 0.0
+    return config.for_device(device.type, free)
+
+
 def create_runner(
     model: Any,
     device: torch.device,
@@ -200,7 +207,7 @@ def create_runner(
     length that the cache can hold."""
     if device.type == "cpu" and config.fast_layers:
         modules.install(model, packs=config.packs_weights)
-    config = config.for_device(device.type)
+    config = fitted(config, device)
     shapes = probe(model, device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     size = size_cache(

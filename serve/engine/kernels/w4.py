@@ -21,10 +21,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Format = Literal["awq", "gptq", "gptq_v2"]
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where output j of eight sits in an AWQ int32, in steps of four bits."""
+
+FEW = 256
+PIECE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +91,59 @@ def repack(
 
 def reference(x: Tensor, weight: W4, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the weight, in torch alone."""
-    return torch.nn.functional.linear(x, weight.dequantized(x.dtype), bias)
+    return functional.linear(x, weight.dequantized(x.dtype), bias)
+
+
+def takes(inputs: int, group_size: int) -> bool:
+    """Whether the kernels read such a layer: whole groups, cut in steps of a power of two."""
+    half = group_size // 2
+    step = min(half, 64)
+    return inputs % group_size == 0 and step >= 16 and step & (step - 1) == 0 and half % step == 0
 
 
 def w4_linear(x: Tensor, weight: W4, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] -> [..., out] in x's dtype. On a GPU by the kernel, else by the reference."""
-    return product(x, weight, bias) if x.is_cuda else reference(x, weight, bias)
+    """x [..., in] -> [..., out] in x's dtype. On a GPU by the kernels, else by the reference."""
+    return fast(x, weight, bias) if x.is_cuda else reference(x, weight, bias)
+
+
+def fast(x: Tensor, weight: W4, bias: Tensor | None = None) -> Tensor:
+    """`w4_linear` by the kernels: few tokens read the weights packed, for many it pays to widen
+    them once and leave the product to the GPU's own library."""
+    few = x.numel() // x.shape[-1] <= FEW
+    return product(x, weight, bias) if few else widened_product(x, weight, bias)
+
+
+def widened_product(x: Tensor, weight: W4, bias: Tensor | None = None) -> Tensor:
+    """As `fast` for many tokens; a piece of the weights is wide at a time."""
+    flat = x.flatten(0, -2)
+    if weight.order is not None:
+        flat = flat[:, weight.order]
+    outputs, inputs = weight.packed.shape[0], 2 * weight.packed.shape[1]
+    step = min(outputs, max(64, PIECE_BYTES // (inputs * x.element_size()) // 64 * 64))
+    wide = torch.empty((step, inputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((flat.shape[0], outputs), dtype=x.dtype, device=x.device)
+    for first in range(0, outputs, step):
+        end = min(first + step, outputs)
+        widen(weight, first, wide[: end - first])
+        own = None if bias is None else bias[first:end].to(x.dtype)
+        out[:, first:end] = functional.linear(flat, wide[: end - first], own)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def widen(weight: W4, first: int, out: Tensor) -> None:
+    """out [rows, in] becomes the weight's rows from `first` on, columns as they are packed."""
+    from serve.engine.kernels.w4_kernels import widen_kernel
+
+    outputs, half = weight.packed.shape
+    grid = (-(-out.shape[0] // 16), -(-half // 64))
+    widen_kernel[grid](
+        weight.packed, weight.scales, weight.offsets, out, first, out.shape[0], outputs, half,
+        weight.group_size // 2, 16, 64, num_warps=4,
+    )  # fmt: skip
 
 
 def product(x: Tensor, weight: W4, bias: Tensor | None = None) -> Tensor:
-    """`w4_linear` by the Triton kernel."""
+    """As `fast` for few tokens."""
     from serve.engine.kernels.w4_kernels import w4_kernel
 
     flat = x.flatten(0, -2)

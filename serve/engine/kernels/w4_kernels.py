@@ -1,4 +1,5 @@
-"""The Triton kernel behind w4.w4_linear: widens 4-bit weights tile by tile in registers."""
+"""The Triton kernels behind w4.w4_linear: 4-bit weights widened in registers, or once for many
+tokens."""
 
 # mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
@@ -41,3 +42,26 @@ def w4_kernel(
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + t.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out, acc.to(dtype), mask=(n < N)[:, None] & (t < tokens)[None, :])
+
+
+@triton.jit
+def widen_kernel(
+    packed_ptr: tl.tensor, scales_ptr: tl.tensor, offsets_ptr: tl.tensor, out_ptr: tl.tensor,
+    first: tl.tensor, rows: tl.tensor, N: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, STEP: tl.constexpr,
+) -> None:
+    """out [rows, 2H]: the weights of rows first to first + rows."""
+    own = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    here = (own < rows)[:, None] & (k < H)[None, :]
+    n = (first + own).to(tl.int64)
+    packed = tl.load(packed_ptr + n[:, None] * H + k[None, :], mask=here, other=0)
+    group = (k // GROUP)[None, :] * N + n[:, None]
+    scale = tl.load(scales_ptr + group, mask=here, other=0.0).to(tl.float32)
+    offset = tl.load(offsets_ptr + group, mask=here, other=0.0).to(tl.float32)
+    low = (packed & 15).to(tl.float32) * scale + offset
+    high = (packed >> 4).to(tl.float32) * scale + offset
+    pairs = tl.interleave(low, high).to(out_ptr.dtype.element_ty)
+    kk = tl.program_id(1) * (2 * STEP) + tl.arange(0, 2 * STEP)
+    out = out_ptr + own.to(tl.int64)[:, None] * (2 * H) + kk[None, :]
+    tl.store(out, pairs, mask=(own < rows)[:, None] & (kk < 2 * H)[None, :])
