@@ -92,6 +92,17 @@ class Layout:
         ]
         return np.concatenate([np.asarray(self.rotary_starts[: self.decodes], np.int64), *places])
 
+    def after(self, sequences: int) -> Layout:
+        """The same step without its first `sequences` sequences."""
+        return Layout(
+            starts=self.starts[sequences:],
+            counts=self.counts[sequences:],
+            tables=self.tables[sequences:],
+            block_size=self.block_size,
+            decodes=max(0, self.decodes - sequences),
+            shifts=self.shifts[sequences:],
+        )
+
     def slots(self, group: int) -> npt.NDArray[np.int64]:
         size = self.block_size
         found = np.empty(self.total, np.int64)

@@ -10,7 +10,10 @@ attention.py's AttentionBackend; `attend_packed` is for modules.py, which have q
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +25,20 @@ _flash: Callable[..., tuple[Tensor, Tensor]] = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 )
 _Run = tuple[Sequence[Tensor], Sequence[Tensor]]  # keys and values, a view for each layer
+Places = npt.NDArray[np.int64]
 _Part = tuple[Tensor, Tensor]  # attention over some keys [1, H, t, D], and its log-sum-exp
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Where some decodes' new tokens go and what each of them sees: token t is written to slot
+    `slots[t]` and sees the `lengths[r]` slots from `starts[r]` on, for r from `first[t]` to
+    `first[t + 1]`."""
+
+    slots: Places
+    first: Places
+    starts: Places
+    lengths: Places
 
 
 class CpuBackend(TorchBackend):
@@ -53,7 +69,7 @@ class CpuBackend(TorchBackend):
     def begin(self, layout: Layout) -> None:
         self.layout = layout
         self._slots = [torch.from_numpy(layout.slots(g)) for g in range(len(self.windows))]
-        self._pieces = [self._group_pieces(g) for g in range(len(self.windows))]
+        self._pieces: list[list[list[_Run]]] = []
         self._read = []
 
     def attend(self, layer: int, query: Tensor, call: Call) -> Tensor:
@@ -72,6 +88,31 @@ class CpuBackend(TorchBackend):
         fresh = packed[:, heads:].unflatten(1, (2, -1))
         store[self._depth[layer]].index_copy_(0, self._slots[group], fresh)
         return self._attend(layer, packed[:, :heads], call)
+
+    def stores(self) -> dict[int, tuple[int, npt.NDArray[np.float32]]]:
+        """For each layer its group and its cache as an array [slots, 2, kv heads, dim]."""
+        found = {}
+        for layer, depth in self._depth.items():
+            group = self.group_of[layer]
+            store = self._stores[group]
+            assert store is not None, "this layer's pools are of the plain kind"
+            found[layer] = (group, store[depth].numpy())
+        return found
+
+    def runs(self, low: int, high: int) -> list[Runs]:
+        """For each group where the step's decodes `low` to `high` are written and what they see."""
+        layout, found = self.layout, []
+        for group, window in enumerate(self.windows):
+            pieces = [
+                self._runs(layout.tables[i][group], layout.starts[i], 1, window)
+                for i in range(low, high)
+            ]
+            flat = np.array([run for runs in pieces for run in runs], np.int64).reshape(-1, 2).T
+            first = np.zeros(len(pieces) + 1, np.int64)
+            np.cumsum([len(runs) for runs in pieces], out=first[1:])
+            slots = self._slots[group][low:high].numpy()
+            found.append(Runs(slots, first, *np.ascontiguousarray(flat)))
+        return found
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -114,6 +155,8 @@ class CpuBackend(TorchBackend):
     def _attend(self, layer: int, query: Tensor, call: Call) -> Tensor:
         """query [T, H, D] -> [T, H, D]"""
         group, layout = self.group_of[layer], self.layout
+        if not self._pieces:
+            self._pieces = [self._group_pieces(g) for g in range(len(self.windows))]
         depth, pieces = self._depth[layer], self._pieces[group]
         kv_heads = self.keys[layer].shape[2]
         decodes = layout.decodes
