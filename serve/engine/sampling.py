@@ -188,13 +188,20 @@ def _nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
     """[rows, 1]: the smallest logit that is kept; -inf where top_p is 1."""
     count = min(_CANDIDATES, logits.shape[1])
     total = logits.logsumexp(-1, keepdim=True)
-    top = logits.topk(count, -1).values
+    floor, reached = _floor_among(logits.topk(count, -1).values, total, top_p)
+    flat = ((reached < top_p) & (top_p < 1))[:, 0]
+    if count < logits.shape[1] and bool(flat.any()):
+        whole = logits[flat].sort(-1, descending=True).values
+        floor[flat], _ = _floor_among(whole, total[flat], top_p[flat])
+    return floor.masked_fill(top_p >= 1, float("-inf"))
+
+
+def _floor_among(top: Tensor, total: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Among each row's largest logits `top`, falling: the one that reaches top_p, or the last; and
+    what all of them reach. Both [rows, 1]."""
     reached = (top - total).exp().cumsum(-1)
-    if count < logits.shape[1] and bool(((reached[:, -1:] < top_p) & (top_p < 1)).any()):
-        top = logits.sort(-1, descending=True).values
-        reached = (top - total).exp().cumsum(-1)
     needed = (reached < top_p).sum(-1, keepdim=True).clamp(max=top.shape[1] - 1)
-    return top.gather(1, needed).masked_fill(top_p >= 1, float("-inf"))
+    return top.gather(1, needed), reached[:, -1:]
 
 
 def _invert(logits: Tensor, noise: Sequence[float]) -> Tensor:
