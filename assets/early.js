@@ -1,6 +1,8 @@
-// Runs before the first paint: theme and language, so that nothing flashes, and the bridge that
-// Gradio's parts call (see serve/ui/page.py), which may happen before main.js has loaded.
+// Runs before the first paint: theme and language, so that nothing flashes; the first box, which
+// can be typed into and sent from at once; and the bridge that Gradio's parts call (see
+// serve/ui/page.py), which may happen before main.js has loaded.
 (() => {
+  const DRAFT = "page-draft";
   const saved = JSON.parse(localStorage.getItem("page-settings") || "{}");
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const paint = () => {
@@ -10,6 +12,7 @@
     document.body?.classList.toggle("dark", isDark);
   };
   const chinese = /^zh\b/i.test(saved.language || navigator.language);
+  const byId = (id) => document.getElementById(id);
   window.chatPage = {
     language: chinese ? "zh-CN" : "en",
     theme: saved.theme || "system",
@@ -21,6 +24,8 @@
       onprepare: null,
       onfill: null,
       onbroken: null,
+      onearly: null,
+      early: "", // what was sent before main.js was there to send it
       page(element, trigger) {
         this.slot = { element, trigger };
         this.onpage?.();
@@ -36,6 +41,45 @@
       },
       fill() {
         return this.onfill();
+      },
+      /** The first box is in the document (shell.html calls this right behind it). */
+      box() {
+        const box = byId("early-text");
+        const fit = () => {
+          box.style.height = "";
+          box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`;
+        };
+        box.placeholder = chinese ? "请输入问题…" : "Ask anything…";
+        box.value = localStorage.getItem(DRAFT) ?? "";
+        fit();
+        box.addEventListener("input", () => {
+          localStorage.setItem(DRAFT, box.value);
+          fit();
+        });
+        box.addEventListener("compositionstart", () => (box.isComposing = true));
+        box.addEventListener("compositionend", () => (box.isComposing = false));
+        box.addEventListener("keydown", (event) => {
+          if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+          if (matchMedia("(pointer: coarse)").matches) return; // there Enter is a new line
+          event.preventDefault();
+          this.sendEarly();
+        });
+        byId("early-send").addEventListener("click", () => this.sendEarly());
+      },
+      sendEarly() {
+        const box = byId("early-text");
+        if (this.onearly) this.onearly();
+        else if (!this.early && box.value.trim()) {
+          this.early = box.value;
+          const bubble = document.createElement("div");
+          bubble.className = "bubble";
+          bubble.textContent = box.value;
+          const turn = document.createElement("article");
+          turn.className = "turn user";
+          turn.append(bubble);
+          byId("transcript").append(turn);
+          box.value = "";
+        }
       },
     },
   };

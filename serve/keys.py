@@ -148,6 +148,12 @@ class KeyRing:
             return KeyOffer("operator")
         return KeyOffer("guest", self.guest_key(client_ip), GUEST_SECONDS)
 
+    def is_owner_visit(self, token: str, is_local_visit: bool) -> bool:
+        """Whether the page may do for this visitor what the owner may: the link's token, or a page
+        that shows the owner's key anyway."""
+        shown = self._shows_owner_key(token, is_local_visit) and not self.is_operators
+        return self.is_owner_token(token) or (shown and self._display != "off")
+
     def _shows_owner_key(self, token: str, is_local_visit: bool) -> bool:
         if self.is_owner_token(token) or self._display == "owner":
             return True

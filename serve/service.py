@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import assert_never
+from typing import Any, assert_never
 
 from serve.engine.face import (
     AsyncMailbox,
@@ -70,41 +71,52 @@ class Service:
         self._served: ServedModel | None = None
         self._status = Status(requested=requested)
         self._wanted: SimpleQueue[str | None] = SimpleQueue()
+        self._lock = threading.Lock()
 
-    # -- what serves, and how far it is (written by the loading thread, one writer) ----------------
+    def _tell(self, **news: Any) -> None:
+        with self._lock:
+            self._status = replace(self._status, **news)
+
+    # -- what serves, and how far it is (told by the loading thread) -------------------------------
 
     def report(self, progress: Progress) -> None:
-        self._status = replace(self._status, progress=progress)
+        self._tell(progress=progress)
 
     def pass_over(self, candidate: PassedOver) -> None:
-        self._status = replace(self._status, passed_over=(*self._status.passed_over, candidate))
+        with self._lock:
+            passed_over = (*self._status.passed_over, candidate)
+            self._status = replace(self._status, passed_over=passed_over)
 
     def fail(self, reason: str) -> None:
         """Nothing serves and nothing more is tried by itself; `reason` is for everybody to read."""
-        self.report(Progress("failed", detail=reason))
+        self._tell(progress=Progress("failed", detail=reason), wanted="")
 
-    def offer(self, ids: Sequence[str]) -> None:
-        """The models that fit this machine, by id; they may be switched between."""
-        self._status = replace(self._status, offered=tuple(ids))
+    def offer(self, ids: Sequence[str], seeing: Sequence[str] = ()) -> None:
+        """The models that fit this machine, by id; they may be switched between. `seeing`: those
+        made for images too."""
+        self._tell(offered=tuple(ids), seeing=tuple(seeing))
 
     def wait_for_switch(self) -> str | None:
-        """For the loading thread: the next model that somebody wants, or None when all is over."""
-        return self._wanted.get()
+        """For the loading thread: the next model that somebody wants, "" for what the settings
+        name, or None when all is over. What serves already (two asked at once) is not told."""
+        while True:
+            wanted = self._wanted.get()
+            if wanted is None or self._served is None or wanted not in ("", self._served.card.id):
+                self._tell(wanted=wanted or "")
+                return wanted
 
     def detach(self) -> ServedModel | None:
         """From now on requests are told that a model is loading. Running ones keep their engine;
         the caller drains and closes it."""
         served, self._served = self._served, None
-        loading = Progress("loading")
-        self._status = replace(self._status, model=None, progress=loading)
+        self._tell(model=None, progress=Progress("loading", self._status.wanted))
         return served
 
     def attach(self, served: ServedModel) -> None:
         """From now on `served` answers."""
         self._served = served
-        self._status = replace(
-            self._status, model=served.card, progress=replace(self._status.progress, phase="ready")
-        )
+        ready = replace(self._status.progress, phase="ready")
+        self._tell(model=served.card, progress=ready, wanted="")
 
     def status(self) -> Status:
         if self._served is None:
@@ -124,12 +136,20 @@ class Service:
         return self._find(name).card
 
     def switch(self, name: str) -> ServeError:
-        """Ask for an offered model; running requests end first. Returns what to tell callers."""
-        self._wanted.put(name)
+        """Ask for an offered model; running requests end first, new ones wait for it. Returns what
+        to tell callers."""
+        if self._served is None or name != self._served.card.id:
+            self._tell(wanted=name, progress=Progress("loading", name))
+            self._wanted.put(name)
         return ModelLoading(
             f"The model {name!r} is being loaded in place of the one served now. Try again soon.",
             retry_after=10,
         )
+
+    def load_again(self) -> None:
+        """After a failure: try everything that the settings name once more."""
+        self._tell(passed_over=(), progress=Progress("starting"))
+        self._wanted.put("")
 
     def close(self, drain_seconds: float = 0.0) -> None:
         self._wanted.put(None)
@@ -140,6 +160,8 @@ class Service:
         """The model a request names, or the ServeError that says why it cannot answer."""
         name = request.model
         served = self._served
+        if served is not None and self._status.wanted:
+            raise self._not_ready()
         is_elsewhere = name in self._status.offered and served and name != served.card.id
         if not is_elsewhere:
             return self._find(name)

@@ -354,7 +354,9 @@ class Progress:
 class Status:
     """The answer to: what serves here, how far is it, and why not the one asked for.
 
-    `offered` are the ids that fit this machine and can be switched to, the served one among them.
+    `offered` are the ids that fit this machine and can be switched to, the served one among them;
+    `seeing` those of them made for images too, as their configuration says. `wanted` is the one
+    being switched to.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -362,6 +364,8 @@ class Status:
     requested: str = ""
     passed_over: tuple[PassedOver, ...] = ()
     offered: tuple[str, ...] = ()
+    seeing: tuple[str, ...] = ()
+    wanted: str = ""
     running: int = 0
     waiting: int = 0
 

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import socket
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from serve.service import ServedModel, Service
 from serve.settings import Settings
 from serve.ui.page import create_page, launch_options
 from serve.ui.visit import Visit, VisitOf
-from serve.values import Capabilities, ModelCard
+from serve.values import Capabilities, ModelCard, Progress
 from tests.text_format import BETWEEN, CALL, END, SAY, THINK, TextFormat, encoded
 
 ANSWERS = {
@@ -45,6 +46,8 @@ ANSWERS = {
     "中文😀, **bold**, ~5, a_b_c",
     "table": "| a | b |\n|---|---|\n| 1 | **2** |\n\n1. one\n2. two\n\n> quote\n\n"
     "[link](https://example.org) ![p](http://x.test/p.png) [bad](javascript:alert(1))",
+    "listed": "1. Steps:\n\n   ```python\n   def f(x):\n   \treturn x\t# tab\n   ```\n\n"
+    "- `a\tb`\n\t- deeper\n\n\t  ```\n\t  \tdeep\n\t  ```\n",
     "hello": "Hello! How can I help?",
 }
 
@@ -132,6 +135,7 @@ class PageServer:
     loop: asyncio.AbstractEventLoop | None
 
     def close(self) -> None:
+        self.service.close()
         self.engine.close()
         self.blocks.close(verbose=False)
         if self.loop is not None:
@@ -158,6 +162,26 @@ def attach(
         name, engine.context_length, Capabilities(vision, True, True, ("low", "medium", "high"))
     )
     service.attach(ServedModel(card, fmt, engine))
+
+
+def offer(server: PageServer, models: dict[str, bool | None], seconds: float = 0.5) -> None:
+    """Several models, by what they see, to be switched between as app.py's loading thread does; a
+    switch takes `seconds`. A name that ends in "broken" cannot be loaded."""
+    service = server.service
+    service.offer(tuple(models), tuple(name for name, sees in models.items() if sees))
+
+    def load() -> None:
+        while (wanted := service.wait_for_switch()) is not None:
+            service.detach()
+            service.report(Progress("loading", wanted))
+            time.sleep(seconds)
+            if wanted.endswith("broken"):
+                service.fail("No candidate fits this machine.")
+            else:
+                name = wanted or next(iter(models))
+                attach(service, server.engine, models[name], name)
+
+    threading.Thread(target=load, name="page-server-loader", daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -218,12 +242,9 @@ def own_loop() -> asyncio.AbstractEventLoop | None:
 def visits(keys: KeyRing, budgets: Budgets, settings: Settings) -> VisitOf:
     """The page's visitors as app.py knows them."""
 
-    def visit_of(address: str, session: str, token: str) -> Visit:
+    def visit_of(address: str, session: str) -> Visit:
         who = keys.page_identity(address, session)
-        may_switch = settings.model_switch == "all" or (
-            settings.model_switch == "owner" and keys.is_owner_token(token)
-        )
-        return Visit(who.tenant, may_switch, lambda: budgets.admit(who.bucket))
+        return Visit(who.tenant, settings.model_switch == "all", lambda: budgets.admit(who.bucket))
 
     return visit_of
 

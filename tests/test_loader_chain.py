@@ -136,11 +136,13 @@ def test_models_that_fit_are_offered_and_one_can_be_switched_to(
     hub: FakeHub, tmp_path: Path
 ) -> None:
     local = tiny_llama(tmp_path / "my-own")
-    wanted = f"o/tiny-llama,no/such,{local},o/tiny-oss,openai/gpt-oss-120b"
+    seeing = Path(__file__).parent / "models" / "tiny_vlm"
+    wanted = f"o/tiny-llama,no/such,{local},o/tiny-oss,openai/gpt-oss-120b,{seeing}"
     road = Road(tmp_path, MODEL_IDS=wanted, HF_ENDPOINT=hub.base)
     assert road.load().id == "o/tiny-llama"
     fetched = len(hub.bytes_requests())
-    assert road.loader.offered() == ("o/tiny-llama", "my-own", "o/tiny-oss")
+    assert road.loader.offered() == ("o/tiny-llama", "my-own", "o/tiny-oss", "tiny_vlm")
+    assert road.loader.seeing() == ("tiny_vlm",)
     assert hub.bytes_requests()[fetched:] == ["config.json"]  # offering downloads no weights
     answers(road.loader.load_offered("my-own"))
     answers(road.loader.load_offered("o/tiny-oss"))

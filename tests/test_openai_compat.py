@@ -220,7 +220,7 @@ def test_every_route_but_health_ready_and_the_pages_key_needs_a_key(
         for route in routes:
             assert isinstance(route, APIRoute)
             guards = {d.call.__name__ for d in route.dependant.dependencies if d.call}
-            is_open = route.path in ("/health", "/ready", "/ui/key")
+            is_open = route.path in ("/health", "/ready", "/ui/key", "/ui/model")
             assert bool(guards & {"any_key", "owner_key"}) != is_open, route.path
             path = route.path.replace("{name:path}", "x").replace("{rest:path}", "x")
             for method in route.methods:
@@ -299,6 +299,33 @@ def test_a_local_page_gets_the_owners_key_unless_a_foreign_name_or_a_proxy_stand
         assert key_of(client).json()["kind"] == "owner"
         assert key_of(client, host="evil.example").json()["kind"] == "guest"
         assert key_of(client, **{"x-forwarded-for": "1.2.3.4"}).json()["kind"] == "guest"
+
+
+@pytest.mark.parametrize(
+    ("switch", "as_owner", "model", "status"),
+    [
+        ("owner", True, "other/model", 200),
+        ("owner", False, "other/model", 403),
+        ("all", False, "other/model", 200),
+        ("off", True, "other/model", 403),
+        ("owner", True, "unheard/of", 404),
+        ("off", True, "", 200),
+        ("owner", False, "", 403),
+    ],
+)
+def test_the_pages_chooser_switches_for_who_may(
+    start: Start, switch: str, as_owner: bool, model: str, status: int
+) -> None:
+    service = service_with(ScriptedEngine())
+    service.offer(["tiny/model", "other/model"])
+    served = start(service, model_switch=switch, host="0.0.0.0")
+    own = {"x-owner-token": served.keys.owner_token} if as_owner else {}
+    with served.client(key=None) as client:
+        assert client.post("/ui/model", json={"model": model}, headers=own).status_code == 403
+        page = {"sec-fetch-site": "same-origin", **own}
+        answer = client.post("/ui/model", json={"model": model}, headers=page)
+    assert answer.status_code == status, answer.text
+    assert service.status().wanted == ("other/model" if status == 200 and model else "")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from serve.values import (
     Failed,
     Finished,
     Message,
+    PassedOver,
     Progress,
     Queued,
     ReasoningDelta,
@@ -233,6 +234,32 @@ def test_an_offered_model_is_switched_to_by_who_may() -> None:
     assert isinstance(told, Failed) and isinstance(told.error, ModelLoading)
     assert service.wait_for_switch() == "other/model"
     assert service.status().offered == ("tiny/model", "other/model")
+    assert service.status().wanted == "other/model" and not service.status().is_ready
+    waits = events_of(service, replace(asked, model="default"))[0]
+    assert isinstance(waits, Failed) and isinstance(waits.error, ModelLoading)
+
+
+def test_a_switch_that_two_asked_for_is_done_once_and_one_to_what_serves_not_at_all() -> None:
+    service = service_with(ScriptedEngine([END], eos_ids={END}))
+    served = service.detach()
+    assert served is not None
+    service.switch("tiny/model")
+    service.switch("tiny/model")
+    assert service.wait_for_switch() == "tiny/model"
+    service.attach(served)
+    service.switch("tiny/model")
+    service.close()
+    assert service.wait_for_switch() is None
+    assert service.status().wanted == "" and service.status().is_ready
+
+
+def test_trying_again_forgets_why_the_first_try_failed() -> None:
+    service = Service("some/model")
+    service.pass_over(PassedOver("some/model", "out of reach"))
+    service.fail("No model could be loaded.")
+    service.load_again()
+    assert service.wait_for_switch() == ""
+    assert service.status().passed_over == () and service.status().progress.phase == "starting"
 
 
 def test_a_detached_model_ends_what_runs_and_takes_no_more() -> None:

@@ -95,6 +95,17 @@ def test_code_keeps_its_tabs_is_coloured_and_is_copied_exactly(reader: Reader) -
     assert reader.copied() == source
 
 
+def test_tabs_in_the_code_of_a_list_are_kept(reader: Reader) -> None:
+    reader.ask("listed")
+    text = "nodes => nodes.map(node => node.textContent)"
+    assert reader.last.locator(".code code").evaluate_all(text) == [
+        "def f(x):\n\treturn x\t# tab",
+        "\tdeep",
+    ]
+    assert reader.last.locator("li > code").evaluate_all(text) == ["a\tb"]
+    expect(reader.last.locator("li li")).to_contain_text("deeper")
+
+
 def test_every_form_of_formula_is_drawn_and_money_is_not(reader: Reader) -> None:
     reader.ask("maths")
     expect(reader.last.locator(".katex")).to_have_count(5)
@@ -379,6 +390,35 @@ def test_the_server_is_restarted_and_the_conversation_goes_on(
         second.close()
 
 
+def test_a_conversation_that_is_too_long_goes_on_from_where_it_still_fits(
+    reader: Reader, server: PageServer
+) -> None:
+    for i in range(3):
+        reader.ask(f"part {i} " + "x" * 2500)
+    reader.ask("last words")
+    reader.send("and now? " + "y" * 8000)
+    box = reader.last.locator(".error")
+    expect(box).to_contain_text("The conversation is longer than the model can read.")
+    box.get_by_role("button", name="Answer from the last 3 messages").click()
+    reader.wait_for_end()
+    assert reader.answer().startswith("You said: and now?")
+    expect(reader.page.locator(".cut-line")).to_contain_text("The first 6 messages no longer fit")
+    below = reader.page.locator(".cut-line + .turn .bubble")
+    expect(below).to_have_text("last words")
+    reader.ask("more")  # it stays so, also after a reload and for a server that knows nothing
+    reader.reload()
+    reader.ask("and more")
+    said = bytes(server.engine.submitted[-1].prompt.ids).decode().split("\x1e")
+    assert said[0] == "last words" and said[-3:] == ["more", "You said: more", "and more"]
+
+
+def test_one_message_that_is_too_long_alone_comes_with_no_such_offer(reader: Reader) -> None:
+    reader.ask("x" * 2500)
+    reader.send("z" * 30000)
+    expect(reader.last.locator(".error")).to_be_visible()
+    assert reader.last.locator(".error button").count() == 0
+
+
 # ---- conversations in the browser ----
 
 
@@ -600,6 +640,28 @@ def test_a_phone_shows_the_conversation_and_the_box_without_scrolling_sideways(
         assert sheet is not None and sheet["width"] == 360
         who.page.click("#close-sidebar")
         expect(who.page.locator("#sidebar")).to_be_hidden()
+
+
+def test_on_a_phone_effort_context_and_files_are_in_the_clips_menu(
+    browser: Browser, server: PageServer
+) -> None:
+    with Reader(browser, server.url, viewport=PHONE) as who:
+        page = who.page
+        who.ask("hello")
+        expect(page.locator("#effort")).to_be_hidden()
+        page.click("#composer .upload-button")
+        expect(page.locator("#context")).to_have_text(re.compile(r"\d+ / 20k"))
+        page.select_option("#effort-choice", "high")
+        with page.expect_file_chooser() as chooser:
+            page.click("#clip-attach")
+        chooser.value.set_files(str(Path(__file__)))
+        expect(page.locator("#composer .thumbnails")).to_be_visible()
+        expect(page.locator("#clip-menu")).to_be_hidden()
+        page.click("#composer .upload-button >> nth=0")
+        page.keyboard.press("Escape")
+        expect(page.locator("#clip-menu")).to_be_hidden()
+        page.set_viewport_size({"width": 1280, "height": 800})
+        expect(page.locator("#dock-tools #effort-choice")).to_have_value("high")
 
 
 def test_on_a_phone_theme_and_language_are_under_settings(

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from serve.service import Service
+from serve.ui import gradio_files
+from serve.ui.bundle import bundle
 from serve.ui.first_paint import FirstPaint
 from serve.values import PassedOver, Progress
 
@@ -58,7 +60,7 @@ def test_the_page_comes_with_our_markup_style_and_script_and_the_right_length() 
     page = body.decode()
     assert status == 200 and int(head["content-length"]) == len(body)
     assert page.index('<div id="shell"') < page.index("<gradio-app")
-    assert "A &lt;title&gt;" in page and "js/main.js" in page and "--accent" in page
+    assert "A &lt;title&gt;" in page and "js/page.js" in page and "--accent" in page
     assert "raw.githubusercontent" not in page and 'content="Gradio"' not in page
 
 
@@ -102,14 +104,60 @@ def test_the_state_of_the_model_is_told_to_everybody() -> None:
     assert told["passed_over"][0]["reason"] == "too big" and told["boot"]
 
 
-def test_every_script_is_announced_early() -> None:
+def test_every_script_is_in_the_one_that_the_page_asks_for() -> None:
     page = get("/")[2].decode()
+    address = re.search(r'<script type="module" async src="\.(/ui/assets/\w+/js/page\.js)"', page)
+    assert address is not None and page.count(address[1]) == 2  # announced in the head
+    whole = get(address[1])[2].decode()
     for script in (ASSETS / "js").glob("*.js"):
-        assert re.search(rf"\./ui/assets/\w+/js/{script.name}", page)
+        assert f"const ${script.stem} = " in whole, script.name
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ('import x from "./b.js";\n', "cannot be bundled"),
+        ("export default 1;\n", "cannot be bundled"),
+        ("export let x = 1;\n", "cannot be bundled"),
+        ('import { x } from "./main.js";\n', "imports itself"),
+    ],
+)
+def test_a_script_in_a_form_that_the_bundle_does_not_know_is_refused(
+    tmp_path: Path, source: str, complaint: str
+) -> None:
+    (tmp_path / "main.js").write_text(source)
+    with pytest.raises(ValueError, match=complaint):
+        bundle(tmp_path)
+
+
+def test_what_gradios_script_will_fetch_is_asked_for_at_once_but_no_video_library() -> None:
+    page = get("/")[2].decode()
+    named = re.findall(r'href="\./assets/([\w-]+?)-[\w-]{8}\.(?:js|css)"', page)
+    assert {"Blocks", "core", "HTML", "runtime"} <= set(named) and "Login" not in named
+    assert re.search(r'load" [^>]*hls-', page) is None
+    assert all(
+        (gradio_files.folder() / name).is_file()
+        for name in re.findall(r'href="\./assets/([^"]+)"', page)
+    )
+    found = re.search(r'<script type="importmap">(.*?)</script>', page)
+    assert found is not None and page.index("importmap") < page.index("<meta")
+    ((video, instead),) = json.loads(found[1])["imports"].items()
+    assert (gradio_files.folder().parent / video).is_file()
+    status, head, body = get(instead.removeprefix("."))
+    assert status == 200 and head["content-type"].startswith("text/javascript")
+    assert body.startswith(b"const no = () => false;") and len(body) < 200
+
+
+def test_a_gradio_of_another_form_is_left_alone(tmp_path: Path) -> None:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (tmp_path / "index.html").write_text("<html></html>")
+    (assets / "core-x.js").write_text("nothing known")
+    assert gradio_files.chain(assets) == () and gradio_files.streaming(assets) is None
 
 
 def test_a_script_under_its_version_is_kept_for_good_and_under_another_is_not_found() -> None:
-    found = re.search(r"\./(ui/assets/(\w+)/js/main.js)", get("/")[2].decode())
+    found = re.search(r"\./(ui/assets/(\w+)/js/page.js)", get("/")[2].decode())
     assert found is not None
     status, head, _ = get("/" + found[1])
     assert status == 200 and "immutable" in head["cache-control"]

@@ -102,13 +102,15 @@ export class Chat {
 
   // -- asking ------------------------------------------------------------------------------------
 
-  /** What shows the server who asks: the owner's token, when a turn may switch the model. */
-  proof() {
-    return {};
-  }
-
   get isRunning() {
     return this.run !== null;
+  }
+
+  /** A new question of words alone. It goes out once Gradio is there to take it. */
+  say(text) {
+    if (this.isRunning || !text.trim()) return;
+    const question = this.#question(text, []);
+    this.#send({ answer: this.run.node.id, question: question.id, parent: question.parent, text });
   }
 
   /** Another answer to the same question, beside the first. */
@@ -138,6 +140,18 @@ export class Chat {
     answer.error = null;
     this.#begin(answer);
     this.#send({ answer: answer.id, question: answer.parent, continues: answer.text });
+  }
+
+  /** Answer the question again, with the conversation read from `first` on. */
+  readFrom(first, answer) {
+    this.conversation.nodes[answer.parent].first = first.id;
+    this.retry(answer);
+  }
+
+  /** The first message that the model reads, where earlier ones no longer fit; else undefined. */
+  first(path = this.path()) {
+    const cut = path.findLast((node) => node.first);
+    return path.find((node) => node.id === cut?.first);
   }
 
   #ask(question, said) {
@@ -179,18 +193,21 @@ export class Chat {
     if (this.isRunning || (!text.trim() && !files.length)) {
       return [{ text: "", files: [] }, { noop: true }, memory];
     }
+    const question = this.#question(text, files);
+    const kept = this.#keepPictures(question, files);
+    const { id, parent } = question;
+    const whole = await this.#whole({ answer: this.run.node.id, question: id, parent, text });
+    kept.then(() => this.save(this.run?.conversation ?? this.conversation));
+    return [{ text: "", files }, whole, memory];
+  }
+
+  #question(text, files) {
     const parent = this.#whereToGoOn();
     const question = this.#add({ role: "user", parent, text, files: files.map(fileRecord) });
     this.conversation.title ||= titleOf(text, files);
-    const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
-    this.#begin(answer);
-    this.run.box = { text, files };
-    this.view.sent();
-    const kept = this.#keepPictures(question, files);
-    const turn = { answer: answer.id, question: question.id, parent, text };
-    const whole = await this.#whole(turn);
-    kept.then(() => this.save(this.run?.conversation ?? this.conversation));
-    return [{ text: "", files }, whole, memory];
+    this.#begin(this.#add({ role: "assistant", parent: question.id, state: "running" }));
+    this.view.sent(files.length > 0);
+    return question;
   }
 
   /** Below the last answer; where that failed before a word, beside its question: a question the
@@ -202,9 +219,10 @@ export class Chat {
   }
 
   async #whole(turn) {
-    if (this.run) this.run.turn = turn;
+    if (this.run) Object.assign(this.run, { turn, last: Date.now() });
+    const first = this.first(this.path(this.conversation, turn.question))?.id;
     const options = this.settings.options();
-    return { ...turn, options, history: await this.#history(turn), ...this.proof() };
+    return { ...turn, first, options, history: await this.#history(turn) };
   }
 
   /** The nodes the server lacks, of those that lead to the question (and the one it was edited

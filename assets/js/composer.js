@@ -1,55 +1,104 @@
-// Around Gradio's own box: keys, the draft, filling it, names for its buttons, notices about files.
+// The box: first our own, which is there with the first paint, then Gradio's in its place. Words
+// alone are sent by us from either; with files Gradio's box sends. Also: keys, the draft, names for
+// Gradio's buttons, notices about files.
 
 import { byId, el } from "./dom.js";
 import { t } from "./texts.js";
 
 const DRAFT = "page-draft";
+const TOLD_SECONDS = 10;
 
 export class Composer {
-  constructor(chat, bridge, settings) {
+  constructor(chat, bridge, settings, models) {
     this.chat = chat;
     this.bridge = bridge;
     this.settings = settings;
-    this.next = { text: "", files: [] };
+    this.models = models;
     this.sees = null;
-    bridge.onfill = () => this.next;
-    byId("early-text").value = localStorage.getItem(DRAFT) ?? "";
-    byId("early-text").placeholder = t("placeholder");
+    this.told = "";
+    bridge.onfill = () => ({ text: this.area.value, files: [] });
   }
 
+  /** The box that is on the page now. */
   get area() {
-    return byId("composer")?.querySelector("textarea") ?? null;
+    return byId("early-text") ?? byId("composer").querySelector("textarea");
   }
 
-  /** Put text and files into Gradio's box. */
-  fill(text, files = []) {
-    this.next = { text, files };
-    this.bridge.slot?.trigger("clear");
+  get isMounted() {
+    return !byId("early-text");
+  }
+
+  fill(text) {
+    const { area } = this;
+    area.value = text;
+    area.dispatchEvent(new Event("input", { bubbles: true })); // Gradio's box takes it from there
     localStorage.setItem(DRAFT, text);
   }
 
-  /** Gradio's box is on the page: take over what was typed into ours before it came. */
-  mount() {
+  /** What was in the box is a question now. Files are Gradio's to remove. */
+  sent(hadFiles) {
+    this.fill("");
+    if (hadFiles) this.bridge.slot.trigger("clear");
+  }
+
+  /** Send the words in the box; while an answer is written they stay there. */
+  say() {
+    if (this.chat.isRunning) byId("hint").textContent = t("still_running");
+    else this.chat.say(this.area.value);
+  }
+
+  /** From here on what is sent in the first box is a question; so is what was sent before. */
+  takeEarly() {
+    const { early } = this.bridge;
+    this.bridge.early = "";
+    this.bridge.onearly = () => this.say();
+    if (!early) return;
+    const next = this.area.value;
+    this.chat.say(early);
+    this.fill(next); // written since
+  }
+
+  /**
+   * Gradio's box is on the page: it takes the place of ours, with its words, its caret and the
+   * focus. `move` puts the page where Gradio's box can be used. Not amid an input method's word.
+   */
+  mount(move) {
     const early = byId("early-text");
-    const hadFocus = document.activeElement === early || document.activeElement === document.body;
+    if (early.isComposing) {
+      early.addEventListener("compositionend", () => setTimeout(() => this.mount(move)), { once: true });
+      return;
+    }
+    const focused = document.activeElement;
+    const { value, selectionStart, selectionEnd } = early;
     const box = byId("composer");
+    move();
     byId("early").replaceWith(box);
-    if (early.value) this.fill(early.value);
+    if (value) this.fill(value);
+    const isFree = focused === document.body && matchMedia("(pointer: fine)").matches;
+    if (focused === early || isFree) {
+      this.area.focus();
+      this.area.setSelectionRange(selectionStart, selectionEnd);
+    } else if (focused !== document.body) focused.focus();
+    this.#listen(box);
+    this.dress();
+  }
+
+  #listen(box) {
     box.addEventListener("keydown", (event) => this.#key(event), true);
     box.addEventListener("keypress", (event) => this.#enter(event), true);
     box.addEventListener("input", () => this.#keepDraft());
     box.addEventListener("click", (event) => {
       if (event.target.closest(".stop-button")) this.chat.stopped();
-    });
+      if (event.target.closest(".submit-button") && !this.#hasFiles()) this.#ours(event);
+    }, true);
     new MutationObserver(() => this.dress()).observe(box, { childList: true, subtree: true });
-    this.dress();
-    if (hadFocus && matchMedia("(pointer: fine)").matches) this.area.focus();
   }
 
   /** Names and hints in the reader's language on what Gradio leaves bare or in English. */
   dress() {
+    this.area.placeholder = t("placeholder");
     const box = byId("composer");
-    if (!box) return;
+    if (!box || !this.isMounted) return;
     const name = (selector, label) => {
       for (const node of box.querySelectorAll(selector)) {
         if (node.getAttribute("aria-label") !== label) node.setAttribute("aria-label", label);
@@ -64,11 +113,10 @@ export class Composer {
     name('[role="group"]', t("message"));
     name("button.upload-container", t("attach"));
     name('input[type="file"]', t("attach"));
-    if (this.area.placeholder !== t("placeholder")) this.area.placeholder = t("placeholder");
     for (const image of box.querySelectorAll("img")) {
       if (image.alt !== "") image.alt = "";
     }
-    this.#notices();
+    this.drawNotices();
   }
 
   running(isRunning) {
@@ -76,27 +124,51 @@ export class Composer {
     byId("hint").textContent = "";
   }
 
-  #notices() {
-    const hasPicture = Boolean(byId("composer").querySelector(".thumbnails img, .thumbnail-item img"));
-    const blind = hasPicture && this.sees === false;
+  /** Say something beside the box for a while. */
+  tell(words) {
+    clearTimeout(this.forgetting);
+    this.told = words;
+    this.forgetting = setTimeout(() => this.tell(""), TOLD_SECONDS * 1000);
+    this.drawNotices();
+  }
+
+  drawNotices() {
+    const box = byId("composer");
+    const hasPicture = this.isMounted && box.querySelector(".thumbnails img, .thumbnail-item img");
+    const isBlind = hasPicture && this.sees === false;
+    const seeing = isBlind ? this.models.seeing : [];
+    const key = [isBlind && this.settings.shownModel, ...seeing, this.told, t("message")].join("\n");
     const place = byId("dock-notices");
-    const words = blind ? t("cannot_see", { model: this.settings.shownModel }) : "";
-    if (place.textContent !== words) {
-      place.replaceChildren(...(words ? [el("p", { className: "notice" }, words)] : []));
-    }
+    if (place.key === key) return;
+    place.key = key;
+    const offers = seeing.map((model) =>
+      el("button", { type: "button", className: "small", on: { click: () => this.models.choose(model) } },
+        t("switch_to", { model })));
+    place.replaceChildren(...[
+      isBlind ? el("p", { className: "notice" },
+        t("cannot_see", { model: this.settings.shownModel }), ...offers) : "",
+      this.told ? el("p", { className: "notice", role: "alert" }, this.told) : "",
+    ].filter(Boolean));
+  }
+
+  #hasFiles() {
+    return Boolean(byId("composer").querySelector(".thumbnails, .thumbnail-item, .loader, progress"));
+  }
+
+  #ours(event) {
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    this.say();
   }
 
   #keepDraft() {
     clearTimeout(this.saving);
-    this.saving = setTimeout(() => localStorage.setItem(DRAFT, this.area?.value ?? ""), 200);
+    this.saving = setTimeout(() => localStorage.setItem(DRAFT, this.area.value), 200);
   }
 
   #key(event) {
     if (event.key === "ArrowUp" && !this.area.value && !event.isComposing) {
       if (this.onarrowup?.()) event.preventDefault();
-    }
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing && this.chat.isRunning) {
-      byId("hint").textContent = t("still_running");
     }
   }
 
@@ -104,11 +176,7 @@ export class Composer {
   // own box already lets an input method's Enter pass.)
   #enter(event) {
     if (event.key !== "Enter" || event.shiftKey) return;
-    if (this.chat.isRunning) {
-      event.preventDefault();
-      event.stopImmediatePropagation();
-    } else if (matchMedia("(pointer: coarse)").matches) {
-      event.stopImmediatePropagation();
-    }
+    if (matchMedia("(pointer: coarse)").matches) event.stopImmediatePropagation();
+    else if (this.chat.isRunning || !this.#hasFiles()) this.#ours(event);
   }
 }

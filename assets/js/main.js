@@ -1,10 +1,14 @@
 // Puts the page together: early, before Gradio's script has loaded, then with Gradio's box in it.
 
-import { ApiPanel, arrowKeys, ownerHeaders, takeOwnerToken } from "./api_panel.js";
+import { ApiPanel, arrowKeys, takeOwnerToken } from "./api_panel.js";
 import { Chat } from "./chat.js";
+import { ClipMenu } from "./clip_menu.js";
 import { Composer } from "./composer.js";
+import { drawContext } from "./context.js";
 import { Conversations } from "./conversations.js";
 import { byId, el, icon } from "./dom.js";
+import { loadMarkdown } from "./markdown.js";
+import { Models } from "./models.js";
 import { Settings, bindLook, drawEffort, drawSettings } from "./settings.js";
 import { Status } from "./status.js";
 import { Store } from "./store.js";
@@ -13,8 +17,10 @@ import { Transcript } from "./transcript.js";
 
 const LAST = "page-conversation";
 const SILENCE = 5000; // the server gives a sign of life every second
+const SLOWEST_START = 60000; // a message sent at once waits this long for Gradio's script
 
 async function start() {
+  loadMarkdown();
   takeOwnerToken();
   setLanguage(window.chatPage.language);
   const { bridge } = window.chatPage;
@@ -23,21 +29,25 @@ async function start() {
   const status = new Status();
   const chat = new Chat(store, settings, bridge);
   const transcript = new Transcript(chat, store);
-  const composer = new Composer(chat, bridge, settings);
+  const models = new Models(status);
+  const composer = new Composer(chat, bridge, settings, models);
   const open = (id) => openConversation(page, id);
   const conversations = new Conversations(chat, store, open);
   const api = new ApiPanel(status);
-  const page = { bridge, settings, store, status, chat, transcript, composer, conversations, api };
+  const page = { bridge, settings, store, status, chat, transcript, composer, conversations, api,
+    models, clip: new ClipMenu() };
   window.chatPage.parts = page;
 
   chat.view = viewOf(page);
-  chat.proof = () => (settings.model ? { owner: ownerHeaders()["X-Owner-Token"] ?? "" } : {});
+  models.ontold = (words) => composer.tell(words);
+  status.ontryagain = () => models.tryAgain();
   drawWords(page);
   bindHeader(page);
   bindSidebar(page);
   bindKeys(page);
   status.listen((now, before) => statusChanged(page, now, before));
   await open(localStorage.getItem(LAST));
+  composer.takeEarly();
   bridge.onpage = () => whenBoxIsThere(() => adopt(page));
   if (bridge.slot) bridge.onpage();
   await status.poll();
@@ -52,9 +62,9 @@ function viewOf(page) {
     redraw: (node) => transcript.redraw(node),
     grow: (node, run) => transcript.grow(node, run),
     listChanged: () => byId("sidebar").hidden || conversations.list(),
-    sent: () => {
+    sent: (hadFiles) => {
       remember(page);
-      composer.fill("");
+      composer.sent(hadFiles);
     },
     runChanged: () => {
       composer.running(page.chat.isRunning);
@@ -64,7 +74,7 @@ function viewOf(page) {
       transcript.redraw(node);
       speak(node);
       restoreUnsent(page, node);
-      drawContext(page);
+      showContext(page);
     },
   };
 }
@@ -77,7 +87,7 @@ function speak(node) {
 
 /** A question that failed before a word of its answer goes back into the box, if that is free. */
 function restoreUnsent(page, node) {
-  if (node.state !== "failed" || node.text || page.composer.area?.value) return;
+  if (node.state !== "failed" || node.text || page.composer.area.value) return;
   const question = page.chat.conversation.nodes[node.parent];
   if (question && !question.files?.length) page.composer.fill(question.text);
 }
@@ -102,7 +112,7 @@ function drawWords(page) {
   drawEmpty(page);
   page.composer.dress();
   page.transcript.drawAll();
-  drawContext(page);
+  showContext(page);
 }
 
 function drawEmpty(page) {
@@ -112,7 +122,7 @@ function drawEmpty(page) {
     const chip = el("button", { type: "button", className: "example" }, t(key));
     chip.addEventListener("click", () => {
       page.composer.fill(t(key));
-      page.composer.area?.focus();
+      page.composer.area.focus();
     });
     return chip;
   });
@@ -120,23 +130,10 @@ function drawEmpty(page) {
     el("div", { className: "examples" }, ...examples));
 }
 
-/** How much of the model's context the conversation took when it was last answered. */
-function drawContext(page) {
-  const place = byId("context");
-  const size = page.status.now?.model?.context_length;
-  const last = page.chat.path().filter((node) => node.stats?.prompt_tokens).at(-1);
-  place.hidden = !size || !last;
-  if (place.hidden) return;
-  const used = last.stats.prompt_tokens + (last.stats.completion_tokens ?? 0);
-  const share = Math.min(1, used / size);
-  place.style.setProperty("--share", `${share * 360}deg`);
-  place.classList.toggle("full", share > 0.8);
-  place.replaceChildren(el("span", { className: "ring", aria: { hidden: "true" } }),
-    t("context", { used: short(used), size: short(size) }));
-  place.title = t(share > 0.8 ? "context_full" : "context_hint");
+function showContext(page) {
+  drawContext(page.chat, page.settings.contextLength);
+  page.clip.place();
 }
-
-const short = (n) => (n < 1000 ? String(n) : `${(n / 1000).toFixed(n < 10000 ? 1 : 0)}k`);
 
 function statusChanged(page, now, before) {
   if (now && before && now.boot !== before.boot) {
@@ -147,6 +144,7 @@ function statusChanged(page, now, before) {
   }
   const card = now?.model;
   page.settings.shownModel = card?.id ?? "";
+  page.settings.contextLength = card?.context_length ?? 0;
   page.composer.sees = card?.capabilities.vision ?? null;
   const efforts = [...(card?.capabilities.efforts ?? [])];
   if (efforts.join() !== page.settings.efforts.join()) {
@@ -159,42 +157,22 @@ function statusChanged(page, now, before) {
     if (!byId("panel-settings").contains(document.activeElement)) drawSettings(page.settings);
     drawEmpty(page);
     page.api.refreshModel();
-    page.composer.dress();
   }
-  drawModels(page);
-  drawContext(page);
+  page.composer.drawNotices();
+  page.models.draw();
+  showContext(page);
   if (page.status.isLost && page.chat.isRunning) page.chat.lose("connection_lost");
-}
-
-/** A chooser when there are several models; each turn names the one that is to answer it. */
-function drawModels(page) {
-  const { now } = page.status;
-  const offered = now?.offered ?? [];
-  const choice = byId("model-choice");
-  choice.hidden = offered.length < 2;
-  byId("model-name").hidden = !choice.hidden;
-  if (choice.hidden) {
-    page.settings.model = "";
-    return;
-  }
-  if (choice.key !== offered.join()) {
-    choice.key = offered.join();
-    choice.replaceChildren(...offered.map((id) => el("option", { value: id }, id)));
-    choice.onchange = () => {
-      page.settings.model = choice.value;
-    };
-  }
-  if (!page.settings.model && now.model) choice.value = now.model.id;
 }
 
 /** An answer that has said nothing for a while: ask whether the server still works on it. */
 async function watchRun(page) {
   const { run } = page.chat;
-  if (!run || Date.now() - run.last < SILENCE) return;
+  const patience = page.chat.pending ? SLOWEST_START : SILENCE;
+  if (!run || Date.now() - run.last < patience) return;
   await page.status.poll();
   const now = page.status.now;
   const isIdle = now?.ready && now.running + now.waiting === 0;
-  if (page.chat.run === run && isIdle && Date.now() - run.last >= SILENCE) {
+  if (page.chat.run === run && isIdle && Date.now() - run.last >= patience) {
     page.chat.lose("connection_lost");
   }
 }
@@ -208,7 +186,7 @@ async function openConversation(page, id) {
   remember(page);
   page.transcript.drawAll({ follow: true });
   page.composer.running(page.chat.isRunning);
-  drawContext(page);
+  showContext(page);
   if (!byId("sidebar").hidden) {
     await page.conversations.list();
     if (matchMedia("(max-width: 899px)").matches) showSidebar(page, false);
@@ -234,8 +212,8 @@ function whenBoxIsThere(then) {
 function adopt(page) {
   const { scroller } = page.transcript;
   const top = scroller.scrollTop;
-  byId("slot").append(byId("shell"));
-  page.composer.mount();
+  page.composer.mount(() => byId("slot").append(byId("shell")));
+  page.clip.mount(byId("composer"));
   scroller.scrollTop = top;
   document.documentElement.dataset.ready = "yes";
 }
@@ -275,7 +253,7 @@ function bindSidebar(page) {
 function bindHeader(page) {
   byId("new-chat").addEventListener("click", async () => {
     await openConversation(page, null);
-    page.composer.area?.focus();
+    page.composer.area.focus();
   });
   bindLook(page.settings, () => drawWords(page));
 }

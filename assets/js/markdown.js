@@ -5,7 +5,6 @@
 // Markdown would take from a reader of code and sums is kept: __init__, 2*3*4, ~5, doubled spaces,
 // tabs. Formulas: $$…$$, \[…\], \(…\), \begin{…}…\end{…}, and $…$ where it cannot be money.
 
-import { Marked } from "../vendor/marked.esm.js";
 import { el } from "./dom.js";
 import { codeBlock } from "./code.js";
 import { formula } from "./formula.js";
@@ -74,22 +73,71 @@ const exact = {
   tag: () => undefined,
 };
 
-const marked = new Marked({
-  gfm: true,
-  breaks: true,
-  extensions: undefined,
-  tokenizer: exact,
-});
-marked.use({ extensions: [blockMath, inlineMath] });
+let marked = null;
+let loading = null;
+const waiting = new Map(); // what is to be drawn where, once marked is there
+
+export function loadMarkdown() {
+  loading ??= import("../vendor/marked.esm.js").then(({ Marked }) => {
+    marked = new Marked({ gfm: true, breaks: true, extensions: undefined, tokenizer: exact });
+    marked.use({ extensions: [blockMath, inlineMath] });
+    for (const [target, [text, isEnded]] of waiting) draw(target, text, isEnded);
+    waiting.clear();
+  });
+  return loading;
+}
 
 /** The answer's Markdown as marked's tokens. */
-export const parse = (text) => marked.lexer(text);
+function parse(text) {
+  const hidden = hideTabs(text);
+  const tokens = marked.lexer(hidden);
+  return hidden === text ? tokens : showTabs(tokens);
+}
+
+// marked makes spaces of the tabs in a list's items. Those inside a fence and those behind a word
+// only stand in the text: they pass marked as a sign that no text has, and come back.
+const TAB = "\uf8f9";
+const FENCE = /^([\s>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(`{3,}|~{3,})/;
+
+function hideTabs(text) {
+  if (!text.includes("\t") || text.includes(TAB)) return text;
+  let fence = null;
+  return text.split("\n").map((line) => {
+    const found = FENCE.exec(line);
+    if (!fence) {
+      if (found) fence = { mark: found[2], columns: found[1].replaceAll("\t", "    ").length };
+      return line.replace(/([\p{L}\p{N}`"'};,=])(\t+)/gu, (all, sign, tabs) => sign + TAB.repeat(tabs.length));
+    }
+    if (found?.[2].startsWith(fence.mark) && line.trim() === found[2]) {
+      fence = null;
+      return line;
+    }
+    let at = 0; // behind the item's own indentation
+    for (let column = 0; column < fence.columns && /[ \t]/.test(line[at] ?? ""); at += 1) {
+      column += line[at] === "\t" ? 4 : 1;
+    }
+    return line.slice(0, at) + line.slice(at).replaceAll("\t", TAB);
+  }).join("\n");
+}
+
+function showTabs(value) {
+  if (typeof value === "string") return value.replaceAll(TAB, "\t");
+  if (value && typeof value === "object") {
+    for (const key of Object.keys(value)) value[key] = showTabs(value[key]);
+  }
+  return value;
+}
 
 /**
  * Draw `text` into `target`, touching only the blocks that changed since the last call on it, so
  * that the cost of an update does not grow with what is already there.
  */
 export function draw(target, text, isEnded = true) {
+  if (!marked) {
+    waiting.set(target, [text, isEnded]);
+    loadMarkdown();
+    return;
+  }
   const tokens = parse(text).filter((token) => token.type !== "space");
   const before = target.blocks ?? [];
   const keys = tokens.map((token, i) => `${isEnded || i < tokens.length - 1}|${token.raw}`);

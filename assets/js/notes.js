@@ -2,16 +2,17 @@
 // that were not used, the numbers.
 
 import { el } from "./dom.js";
-import { duration, has, t } from "./texts.js";
+import { duration, has, isChinese, t } from "./texts.js";
 
-export function drawNotes(place, node, isRunning) {
+/** `offer` is what the reader may do about a conversation that is too long; see context.js. */
+export function drawNotes(place, node, isRunning, offer) {
   const parts = [];
   if (isRunning && !node.text && !node.reasoning) parts.push(queueLine(node));
   for (const note of node.notes ?? []) {
     parts.push(el("details", { className: "note" }, el("summary", {}, t(note.code)),
       el("p", {}, t(`${note.code}_more`, note))));
   }
-  if (node.error) parts.push(errorBox(node.error));
+  if (node.error) parts.push(errorBox(node.error, isRunning ? null : offer));
   if (!isRunning && node.state === "stopped") parts.push(el("p", { className: "quiet" }, t("stopped")));
   if (!isRunning && node.cut) parts.push(el("p", { className: "quiet" }, t("cut")));
   if (node.rewritten) parts.push(el("p", { className: "quiet" }, t("rewritten")));
@@ -24,7 +25,7 @@ export function drawNotes(place, node, isRunning) {
 /** Before the first word: who is ahead, or that the prompt is being read. */
 export function queueLine(node) {
   const { ahead, wait_seconds: wait } = node.queue ?? {};
-  let words = t("phase_reading");
+  let words = t(node.phase ? "phase_reading" : "phase_sending");
   if (node.phase === "waiting") words = t("phase_waiting");
   else if (node.phase === "queued" && ahead > 0) {
     words = t(wait ? "phase_queued_time" : "phase_queued", { ahead, time: duration(wait ?? 0) });
@@ -32,11 +33,22 @@ export function queueLine(node) {
   return el("p", { className: "pulse" }, words);
 }
 
-/** What happened, what to do. The server's own sentence is kept: it names the field and the fix. */
-export function errorBox(error) {
+/** The server's own sentence: it names the field and the fix, in English. */
+export function serverWords(message) {
+  const words = el("p", { className: "quiet" }, message);
+  return isChinese() ? el("details", {}, el("summary", {}, t("server_words")), words) : words;
+}
+
+/** What happened, and what to do about it. */
+function errorBox(error, offer) {
   const code = has(`error_${error.code}`) ? error.code : "server_error";
   const parts = [el("strong", {}, t(`error_${code}`)), el("p", {}, t(`error_${code}_do`))];
-  if (error.message) parts.push(el("p", { className: "quiet" }, error.message));
+  const chance = code === "context_length_exceeded" ? offer?.() : null;
+  if (chance) {
+    parts.push(el("button", { type: "button", className: "small", on: { click: chance.take } },
+      t("read_from", { count: chance.count })));
+  }
+  if (error.message) parts.push(serverWords(error.message));
   return el("div", { className: "error", role: "group", aria: { label: t("error") } }, ...parts);
 }
 

@@ -16,7 +16,7 @@ export class Settings {
       this.saved = {};
     }
     this.efforts = [];
-    this.model = "";
+    this.contextLength = 0; // of the served model, in tokens
     this.makers = {}; // how the served model's makers want it sampled
   }
 
@@ -38,7 +38,6 @@ export class Settings {
       top_p: this.get("top_p"),
       max_tokens: this.get("max_tokens"),
       effort,
-      model: this.model || "default",
     };
   }
 

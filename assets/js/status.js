@@ -1,9 +1,10 @@
 // What the model is doing, in words, for everyone who looks and from the first second.
 
 import { byId, el } from "./dom.js";
+import { serverWords } from "./notes.js";
 import { bytes, duration, t } from "./texts.js";
 
-const WAITS = { busy: 1000, ready: 20000 };
+const WAITS = { busy: 1000, ready: 20000, several: 4000 }; // ms; a model of several may change
 
 export class Status {
   constructor() {
@@ -12,6 +13,7 @@ export class Status {
     this.listeners = [];
     this.failures = 0;
     this.timer = 0;
+    this.ontryagain = null;
     document.addEventListener("visibilitychange", () => document.hidden || this.poll());
     window.addEventListener("online", () => this.poll());
   }
@@ -42,7 +44,7 @@ export class Status {
     for (const listener of this.listeners) listener(this.now, before);
     const wait = this.failures
       ? Math.min(15000, 500 * 2 ** this.failures)
-      : this.isReady ? WAITS.ready : WAITS.busy;
+      : !this.isReady ? WAITS.busy : this.now.offered.length > 1 ? WAITS.several : WAITS.ready;
     this.timer = setTimeout(() => (document.hidden && !this.failures ? null : this.poll()), wait);
   }
 
@@ -91,7 +93,9 @@ export class Status {
     const { progress } = now;
     const parts = [];
     if (!now.ready && progress.phase === "failed") {
-      parts.push(el("strong", {}, t("banner_failed")), el("p", {}, progress.detail));
+      parts.push(el("strong", {}, t("banner_failed")), serverWords(progress.detail),
+        el("button", { type: "button", className: "small", id: "try-again",
+          on: { click: () => this.ontryagain() } }, t("try_again")));
     } else if (!now.ready && progress.total_bytes) {
       parts.push(el("label", { htmlFor: "download" }, downloading(progress)),
         el("progress", { id: "download", max: progress.total_bytes, value: progress.done_bytes ?? 0 }));

@@ -2,6 +2,7 @@
 // its actions. While an answer grows only its own blocks are touched, and the page follows it only
 // while the reader is at the bottom.
 
+import { offerToCut } from "./context.js";
 import { byId, copyText, el, icon, iconButton, showDone } from "./dom.js";
 import { draw } from "./markdown.js";
 import { drawNotes, statsLine } from "./notes.js";
@@ -32,8 +33,17 @@ export class Transcript {
       this.turns.set(node.id, turn);
       return turn;
     });
+    const first = this.chat.first(path);
+    if (first) nodes.splice(path.indexOf(first), 0, this.#cutLine(path.indexOf(first)));
     replaceInOrder(this.log, nodes);
     if (follow) this.follow();
+  }
+
+  /** Above the first message that the model still reads. */
+  #cutLine(count) {
+    const words = t("cut_line", { count });
+    if (this.cut?.textContent !== words) this.cut = el("p", { className: "cut-line" }, words);
+    return this.cut;
   }
 
   redraw(node) {
@@ -152,7 +162,7 @@ export class Transcript {
     draw(words, node.text, !isRunning);
     words.classList.toggle("growing", isRunning && Boolean(node.text));
     this.#fillCalls(turn.querySelector(".calls"), node);
-    drawNotes(turn.querySelector(".notes"), node, isRunning, this);
+    drawNotes(turn.querySelector(".notes"), node, isRunning, () => offerToCut(this.chat, node));
     const actions = turn.querySelector(".actions");
     if (isRunning) actions.replaceChildren();
     else if (!actions.childElementCount) actions.append(...this.#answerActions(node));

@@ -34,7 +34,8 @@ POLL_SECONDS = 0.5
 class Turn:
     """`answer` is the new node, child of the user node `question`; `history` what the server may
     lack; `continues` the text an interrupted answer already has; `keep_files_of` the user node
-    whose attachments an edited message keeps."""
+    whose attachments an edited message keeps; `first` the message that the model reads from on,
+    where the reader has left out earlier ones."""
 
     answer: str
     question: str
@@ -44,6 +45,7 @@ class Turn:
     keep_files_of: str = ""
     history: tuple[Mapping[str, Any], ...] = ()
     continues: str = ""
+    first: str = ""
 
 
 def turn_from(given: Mapping[str, Any]) -> Turn:
@@ -64,6 +66,7 @@ def turn_from(given: Mapping[str, Any]) -> Turn:
         keep_files_of=str(given.get("keep_files_of") or ""),
         history=tuple(history),
         continues=str(given.get("continues") or ""),
+        first=str(given.get("first") or ""),
     )
 
 
@@ -126,7 +129,12 @@ def _files_of(node: Node | None) -> tuple[Part, ...]:
 async def _answer(
     service: Service, memory: Memory, turn: Turn, answer: Answer, visit: Visit
 ) -> AsyncGenerator[None]:
-    said = messages(memory.path(turn.question) or [], turn.options.system)
+    path = memory.path(turn.question) or []
+    ids = [node.id for node in path]
+    if turn.first and turn.first not in ids:
+        raise InvalidRequest("first must be a message of this conversation.", param="first")
+    begin = ids.index(turn.first) if turn.first else 0
+    said = messages(path[begin:], turn.options.system)
     if turn.continues:
         said.append(Message("assistant", (TextPart(turn.continues),)))
     request = replace(

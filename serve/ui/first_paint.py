@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.service import Service
+from serve.ui import gradio_files
+from serve.ui.bundle import bundle
 from serve.values import Status
 
 Scope = MutableMapping[str, Any]
@@ -31,6 +33,8 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ASSET_ROOT = "/ui/assets/"
 STATUS_PATH = "/ui/status"
+BUNDLE = "js/page.js"  # js/main.js and all that it imports
+EMPTY = "js/empty.js"  # in place of Gradio's library for streamed video
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"same-origin"))
 
 
@@ -42,6 +46,7 @@ class FirstPaint:
         self._service = service
         self._assets = assets
         self._title = title
+        self._gradio = gradio_files.folder()
         self._boot = secrets.token_hex(8)  # another process: the page must start afresh
         self._files: dict[str, tuple[bytes, str]] = {}
         self._digest = ""
@@ -84,6 +89,10 @@ class FirstPaint:
 
     def _read(self, name: str) -> tuple[bytes, str] | None:
         """A file under assets/, kept in memory. Names that leave the folder are not found."""
+        if name == BUNDLE and name not in self._files:
+            self._files[name] = (bundle(self._assets / "js").encode(), "text/javascript")
+        if name == EMPTY and (streaming := gradio_files.streaming(self._gradio)):
+            self._files[name] = (streaming[1].encode(), "text/javascript")
         if name not in self._files:
             file = (self._assets / name).resolve()
             if not file.is_relative_to(self._assets.resolve()) or not file.is_file():
@@ -99,16 +108,20 @@ class FirstPaint:
     def _complete(self, page: str) -> str:
         """Gradio's HTML with our head and our shell in it."""
         if self._insert is None:
-            self._insert = (self._head(), (self._assets / "shell.html").read_text())
+            # Behind the markup it draws in, and not in line behind Gradio's script.
+            script = f'<script type="module" async src=".{self._root()}{BUNDLE}"></script>'
+            self._insert = (self._head(), (self._assets / "shell.html").read_text() + script)
         head, shell = self._insert
         page = _styles_later(_without_foreign_tags(page))
+        page = page.replace("<head>", "<head>" + self._import_map(), 1)
         page = page.replace("</head>", head + "</head>", 1)
         return page.replace("<gradio-app", shell + "\n<gradio-app", 1)
 
     def _head(self) -> str:
-        root = f"{ASSET_ROOT}{self._version()}/"
-        scripts = sorted(path.name for path in (self._assets / "js").glob("*.js"))
-        preload = "".join(f'<link rel="modulepreload" href=".{root}js/{name}">' for name in scripts)
+        root = self._root()
+        early = f'<link rel="modulepreload" href=".{root}{BUNDLE}">'
+        early += "".join(_preload(name) for name in gradio_files.chain(self._gradio))
+        early += f'<link rel="modulepreload" href=".{root}vendor/marked.esm.js">'
         title = html.escape(self._title)
         return (
             f"<title>{title}</title>"
@@ -119,8 +132,24 @@ class FirstPaint:
             '<link rel="icon" type="image/svg+xml" href="./ui/assets/favicon.svg">'
             f"<style>{(self._assets / 'page.css').read_text()}</style>"
             f"<script>{(self._assets / 'early.js').read_text()}</script>"
-            f'{preload}<script type="module" src=".{root}js/main.js"></script>'
+            f"{early}"
         )
+
+    def _import_map(self) -> str:
+        """An empty module in place of a large one that no chat needs; before any script."""
+        streaming = gradio_files.streaming(self._gradio)
+        if streaming is None:
+            return ""
+        library = f"./assets/{streaming[0]}"
+        instead = {library: f".{self._root()}{EMPTY}"}
+        # Gradio's script fetches ahead what no link names; this one names it and fetches nothing.
+        return (
+            f'<script type="importmap">{json.dumps({"imports": instead})}</script>'
+            f'<link rel="alternate" href="{library}">'
+        )
+
+    def _root(self) -> str:
+        return f"{ASSET_ROOT}{self._version()}/"
 
     def _version(self) -> str:
         """Changes whenever a script does, ours or another's."""
@@ -141,6 +170,8 @@ def status_json(status: Status) -> dict[str, Any]:
         "model": None if status.model is None else asdict(status.model),
         "requested": status.requested,
         "offered": list(status.offered),
+        "seeing": list(status.seeing),
+        "wanted": status.wanted,
         "passed_over": [asdict(candidate) for candidate in status.passed_over],
         "running": status.running,
         "waiting": status.waiting,
@@ -176,6 +207,13 @@ class _Page:
         length = [(b"content-length", str(len(body)).encode())] if whole else []
         await self._send({**start, "headers": [*kept, *length, *HEADERS]})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _preload(name: str) -> str:
+    """A file of Gradio's, asked for as its own script will ask."""
+    if name.endswith(".css"):
+        return f'<link rel="preload" as="style" crossorigin href="./assets/{name}">'
+    return f'<link rel="modulepreload" crossorigin href="./assets/{name}">'
 
 
 def _path(scope: Scope) -> str:

@@ -43,7 +43,7 @@ def create_page(
         box: dict[str, Any], turn: Any, memory: Memory, request: gr.Request
     ) -> AsyncGenerator[Snapshot]:
         files = [str(path) for path in box.get("files") or ()]
-        snapshots = run_turn(service, memory, turn, files, visit_from(visit_of, request, turn))
+        snapshots = run_turn(service, memory, turn, files, visit_from(visit_of, request))
         async with contextlib.aclosing(snapshots):
             async for snapshot in snapshots:
                 yield snapshot

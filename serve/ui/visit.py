@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import gradio as gr
 
@@ -42,20 +42,16 @@ class Visit:
     admit: Callable[[], Ticket] = NoTicket
 
 
-# (address, session, owner token or "") -> Visit
-VisitOf = Callable[[str, str, str], Visit]
+# (address, session) -> Visit
+VisitOf = Callable[[str, str], Visit]
 
 
-def open_visit(address: str, session: str, token: str) -> Visit:
+def open_visit(address: str, session: str) -> Visit:
     return Visit(f"page:{address}/{session}")
 
 
-def visit_from(visit_of: VisitOf, request: gr.Request | None, turn: Any = None) -> Visit:
-    """The visitor behind a Gradio event. The owner's token comes inside the page's turn."""
+def visit_from(visit_of: VisitOf, request: gr.Request | None) -> Visit:
+    """The visitor behind a Gradio event."""
     client = getattr(request, "client", None)
-    token = str(turn.get("owner") or "") if isinstance(turn, dict) else ""
-    return visit_of(
-        client.host if client is not None else "",
-        getattr(request, "session_hash", None) or "",
-        token,
-    )
+    address = client.host if client is not None else ""
+    return visit_of(address, getattr(request, "session_hash", None) or "")

@@ -18,7 +18,7 @@ from serve.wire.bounds import BODY_BYTES
 from serve.wire.envelope import envelope
 
 _HOST = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
-_OURS = ("/v1", "/health", "/ready", "/version", "/ui/key")
+_OURS = ("/v1", "/health", "/ready", "/version", "/ui/key", "/ui/model")
 
 
 def is_under(path: str, prefix: str) -> bool:
