@@ -12,12 +12,15 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from serve.engine import sampling
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine
 from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt
@@ -25,6 +28,7 @@ from serve.engine.runner import create_runner
 from serve.values import Sampling
 
 TOKENS = 48
+STEPS = 100
 PROMPT = 40
 CPU = torch.device("cpu")
 
@@ -52,10 +56,10 @@ def main() -> None:
         )
     points = {context: [step_of(engine, n, context) for n in batches] for context in contexts}
     for context, steps in points.items():
-        for count, (whole, beside) in zip(batches, steps, strict=True):
+        for count, (whole, drawing, beside) in zip(batches, steps, strict=True):
             print(
-                f"context {context:5}, {count:3} streams: step {whole:7.1f} ms, "
-                f"outside forward {beside:5.2f} ms (p99)",
+                f"context {context:5}, {count:3} streams: step {whole:7.1f} ms, drawing "
+                f"{drawing:5.2f} ms, other Python outside forward {beside:5.2f} ms (p99)",
                 flush=True,
             )
     second_turn(engine)
@@ -92,8 +96,8 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def submit(engine: PagedEngine, ids: tuple[int, ...], tokens: int) -> int:
-    sampling = Sampling(temperature=0.0, max_tokens=tokens)
-    return engine.submit(GenerationRequest(Prompt(ids), sampling), BlockingMailbox())
+    greedy = Sampling(temperature=0.0, max_tokens=tokens)
+    return engine.submit(GenerationRequest(Prompt(ids), greedy), BlockingMailbox())
 
 
 def finish(engine: PagedEngine) -> None:
@@ -119,9 +123,9 @@ def generate_rate(model: Any, count: int) -> float:
     return count * TOKENS / (time.perf_counter() - began)
 
 
-def step_of(engine: PagedEngine, count: int, context: int) -> tuple[float, float]:
-    """Milliseconds of a decode step (median), and of what is outside the model's forward in it
-    (99th percentile), with `count` sequences of `context` tokens."""
+def step_of(engine: PagedEngine, count: int, context: int) -> tuple[float, float, float]:
+    """Milliseconds of a decode step with `count` sequences of `context` tokens (median), of drawing
+    its ids (median), and of what is neither that nor the model's forward (99th percentile)."""
     numbers = [submit(engine, prompt(context, 7 * context + i), 200) for i in range(count)]
     engine.step()
     while (
@@ -129,27 +133,36 @@ def step_of(engine: PagedEngine, count: int, context: int) -> tuple[float, float
         or len(engine._scheduler.running) < count
     ):
         engine.step()
-    inside: list[float] = []
-    model, real = engine._runner._model, engine._runner._model.forward
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        out = real(*args, **kwargs)
-        inside.append(time.perf_counter() - began)
-        return out
-
-    model.forward = timed
-    whole = []
-    for _ in range(15):
-        began = time.perf_counter()
-        engine.step()
-        whole.append(time.perf_counter() - began)
-    model.forward = real
+    model = engine._runner._model
+    steps: list[tuple[float, float, float]] = []
+    with timed(model, "forward") as forward, timed(sampling, "draw") as drawing:
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            engine.step()
+            whole = time.perf_counter() - began
+            inside, drawn = forward.pop(), drawing.pop()
+            steps.append((1000 * whole, 1000 * drawn, 1000 * (whole - inside - drawn)))
     for number in numbers:
         engine.cancel(number)
     finish(engine)
-    beside = [1000 * (a - b) for a, b in zip(whole, inside, strict=True)]
-    return 1000 * statistics.median(whole), sorted(beside)[-1]
+    wholes, draws, others = zip(*steps, strict=True)
+    return statistics.median(wholes), statistics.median(draws), sorted(others)[-STEPS // 100 - 1]
+
+
+@contextmanager
+def timed(owner: Any, name: str) -> Iterator[list[float]]:
+    """Seconds of each call of a function while this lasts."""
+    real, seconds = getattr(owner, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        out = real(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+        return out
+
+    setattr(owner, name, call)
+    yield seconds
+    setattr(owner, name, real)
 
 
 def second_turn(engine: PagedEngine) -> None:
@@ -175,7 +188,7 @@ def bytes_per_token(engine: PagedEngine) -> int:
 
 
 def plot(
-    path: Path, batches: list[int], points: dict[int, list[tuple[float, float]]], token: int
+    path: Path, batches: list[int], points: dict[int, list[tuple[float, float, float]]], token: int
 ) -> None:
     import matplotlib
 
