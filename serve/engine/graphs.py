@@ -43,10 +43,10 @@ class Blocks:
     is_exact: bool
 
 
-def blocks(weight: Floats) -> Blocks:
-    """The fewest bits that hold the matrix exactly, else 8. Q4_1 and Q4_0 as in GGUF: 16 levels
-    from the smallest value to the largest, or 16 multiples of an eighth of the largest magnitude;
-    Q8_0: multiples of a 127th of it."""
+def blocks(weight: Floats, least_bits: int = 4) -> Blocks:
+    """The fewest bits, at least `least_bits`, that hold the matrix exactly, else 8. Q4_1 and Q4_0
+    as in GGUF: 16 levels from the smallest value to the largest, or 16 multiples of an eighth of
+    the largest magnitude; Q8_0: multiples of a 127th of it."""
     cells = weight.reshape(weight.shape[0], -1, BLOCK)
     lowest, highest = cells.min(-1), cells.max(-1)
     for scales, offsets in (
@@ -54,7 +54,7 @@ def blocks(weight: Floats) -> Blocks:
         (np.where(-lowest > highest, -lowest, -highest) / 8, None),
     ):
         made = _rounded(cells, scales, offsets, 0 if offsets is not None else -8, 4)
-        if made.is_exact:
+        if made.is_exact and least_bits <= 4:
             return made
     return _rounded(cells, np.maximum(-lowest, highest) / 127, None, -127, 8)
 
