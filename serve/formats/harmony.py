@@ -63,7 +63,8 @@ class HarmonyFormat:
         return Rendered(Prompt(ids), ends, grammar)
 
     def warm(self) -> None:
-        """Do now what the first request for structured output would wait for."""
+        """Do now what the first request, and the first for structured output, would wait for."""
+        self._vocabulary.encode_plain("")
         self._grammars.warm()
 
     def parser(self, request: ChatRequest, choice: int = 0) -> StreamParser:

@@ -3,19 +3,22 @@
 AWQ and GPTQ files pack the same thing in different orders: codes q in 0..15, and for each group of
 inputs a scale s and a zero point z, weight = (q - z) * s. Both are turned once, at load, into one
 form: codes [out, in], and s and (8 - z) * s per group, which is what torch's int4 products take
-in bfloat16 (on a CPU their float32 form is fifty times slower); where they cannot run, `widened`
-and a plain product do.
+in bfloat16 (on a CPU their float32 form is fifty times slower). On a GPU our own kernels read the
+same codes; where neither can run, `widened` and a plain product do.
 Checked against the formats' own arithmetic in tests. Called by packed.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from serve.engine.kernels import w4
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble of an AWQ word holds a column
 TORCH_GROUPS = (32, 64, 128, 256)
@@ -63,6 +66,7 @@ class Linear4(nn.Module):
         self._codes: Tensor | None = None
         self._scales_and_zeros: Tensor
         self._packed: Tensor | None = None
+        self._kernel: w4.W4 | None = None
         self._group = packing.group if packing.group > 0 else inputs
 
     def settle(self) -> None:
@@ -104,20 +108,23 @@ class Linear4(nn.Module):
         self._order = group_of.argsort(stable=True)
 
     def _keep(self, codes: Tensor) -> None:
+        if runs_kernels(codes.device) and w4.takes(self.in_features, self._group):
+            scales, zeros = self._scales_and_zeros.unbind(-1)
+            offsets = zeros - 8.0 * scales
+            packed = _pairs(codes)
+            self._kernel = w4.W4(packed, scales.contiguous(), offsets.contiguous(), self._group)
+            return
         fits = self._group in TORCH_GROUPS and self.in_features % self._group == 0
         if fits and codes.device.type == "cpu" and self.out_features % 16 == 0:
             self._packed = torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
             self._scales_and_zeros = self._scales_and_zeros.bfloat16()
             return
-        if fits and codes.is_cuda and _has_tinygemm(codes, self.in_features, self.out_features):
-            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).contiguous()
-            self._packed = torch._convert_weight_to_int4pack(pairs, 8)
-            self._scales_and_zeros = self._scales_and_zeros.bfloat16()
-            return
-        self._codes = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8).contiguous()
+        self._codes = _pairs(codes)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights [out, in] as the checkpoint means them, inputs in this layer's own order."""
+        if self._kernel is not None:
+            return self._kernel.dequantized(dtype)
         if self._codes is None:
             one = torch.eye(self.in_features, device=self._scales_and_zeros.device, dtype=dtype)
             return self._product(one).T.to(dtype)
@@ -139,10 +146,13 @@ class Linear4(nn.Module):
         return made.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
+        if self._kernel is not None:
+            return w4.w4_linear(x, self._kernel)
         if self._packed is None:
             return functional.linear(x, self.widened(x.dtype))
-        product = torch._weight_int4pack_mm if x.is_cuda else torch._weight_int4pack_mm_for_cpu
-        return product(x.bfloat16().contiguous(), self._packed, self._group, self._scales_and_zeros)
+        return torch._weight_int4pack_mm_for_cpu(
+            x.bfloat16().contiguous(), self._packed, self._group, self._scales_and_zeros
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self._packing}"
@@ -155,9 +165,14 @@ def _nibbles(words: Tensor, order: tuple[int, ...]) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2)
 
 
-def _has_tinygemm(codes: Tensor, inputs: int, outputs: int) -> bool:
-    major = torch.cuda.get_device_capability(codes.device)[0]
-    return major >= 8 and outputs % 8 == 0 and inputs % 128 == 0
+def _pairs(codes: Tensor) -> Tensor:
+    """uint8 [out, in / 2]: two neighbouring inputs, the first in the low bits."""
+    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8).contiguous()
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether our kernels run there: a GPU, and Triton, which comes with torch for CUDA."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def as_linear4(linear: nn.Linear, packing: Packing) -> Any:
