@@ -161,13 +161,13 @@ class Bench:
 
     def __init__(self, runs_ahead: bool = True, blocks: int = 60, **options: Any) -> None:
         config = EngineConfig(
-            max_running=6, prefill_chunk=8, block_size=BLOCK, runs_ahead=runs_ahead, **options
+            max_running=5, prefill_chunk=8, block_size=BLOCK, runs_ahead=runs_ahead, **options
         )
         groups = tuple(GroupSpec(window, (i,), blocks) for i, window in enumerate(WINDOWS))
         shapes = [LayerShape(i, 1, 1, 1, window) for i, window in enumerate(WINDOWS)]
         backend = KernelBackend(shapes, groups, BLOCK, torch.float32, CPU)
         self.model = ReadBack(blocks)
-        self.steps = LateSteps(self.model, backend, [CONTEXT // BLOCK + 1] * 2, 6)
+        self.steps = LateSteps(self.model, backend, [CONTEXT // BLOCK + 1] * 2, 5)
         runner = Runner(Named(), backend, BLOCK, CPU, steps=self.steps)
         cache = KVCache(groups, BLOCK, CONTEXT + 1)
         self.engine = PagedEngine(

@@ -213,6 +213,7 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "memory": serving.memory,
     "load": others.load,
     "dense": others.dense,
+    "w4": others.w4_layers,
     "stock": others.stock,
     "profile": profile,
 }

@@ -95,14 +95,12 @@ def load(model: Any) -> None:
 
 
 def dense(_: Any) -> None:
-    """A stock Llama in float32 through the engine (our attention, graphs) against generate(), and
-    4-bit layers of Qwen2.5-14B's size."""
+    """A stock Llama in float32 through the engine (our attention, graphs) against generate()."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from serve.engine.config import EngineConfig
     from serve.engine.engine import create_engine
     from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt, Tokens
-    from serve.engine.kernels import w4
     from serve.values import Sampling
 
     torch.manual_seed(0)
@@ -128,20 +126,34 @@ def dense(_: Any) -> None:
     found = [[i for m in box if isinstance(m, Tokens) for i in m.ids] for box in boxes]
     engine.close()
     print("a stock Llama through the engine gives generate()'s ids:", found == wanted)
+
+
+def w4_layers(_: Any = None) -> None:
+    """4-bit layers of Qwen2.5-14B's size: ours packed and widened, torch's int4 product, bf16."""
+    from serve.engine.kernels import w4
+
     outputs, inputs = 13824, 5120
     held = w4.W4(
         torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=DEVICE),
-        torch.rand(inputs // 128, outputs, device=DEVICE).bfloat16() * 0.01,
-        torch.randn(inputs // 128, outputs, device=DEVICE).bfloat16() * 0.05,
+        torch.rand(inputs // 128, outputs, device=DEVICE) * 0.01,
+        torch.randn(inputs // 128, outputs, device=DEVICE) * 0.05,
         128,
     )
-    for tokens in (1, 16, 512):
+    turned = (held.packed << 4 | held.packed >> 4).contiguous()  # torch wants the first one high
+    theirs = torch._convert_weight_to_int4pack(turned, 8)
+    pairs = torch.stack((held.scales, held.offsets + 8 * held.scales), -1).bfloat16()
+    wide, exactly = held.dequantized(torch.bfloat16), held.dequantized(torch.float64)
+    for tokens in (1, 8, 64, 256, 512, 2048):
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
-        exact = x.double() @ held.dequantized(torch.float64).T
-        error = relative_error(w4.w4_linear(x, held), exact)
-        taken = graph_microseconds([lambda: w4.w4_linear(x, held)] * 8)
-        wide = held.dequantized(torch.bfloat16)
-        plain = graph_microseconds([lambda: nn.functional.linear(x, wide)] * 8)
-        print(
-            f"w4 {tokens} x {inputs} x {outputs}: {taken:.1f} us (bf16 {plain:.1f}) err {error:.1e}"
-        )
+        exact = x.double() @ exactly.T
+        ways = {
+            "packed": lambda x=x: w4.product(x, held),
+            "widened": lambda x=x: w4.widened_product(x, held),
+            "torch int4": lambda x=x: torch._weight_int4pack_mm(x, theirs, 128, pairs),
+            "bf16": lambda x=x: nn.functional.linear(x, wide),
+        }
+        told = [
+            f"{name} {graph_microseconds([way] * 4):.1f} us err {relative_error(way(), exact):.1e}"
+            for name, way in ways.items()
+        ]
+        print(f"w4 {tokens} x {inputs} x {outputs}: " + ", ".join(told), flush=True)

@@ -128,7 +128,9 @@ def measure(engine: Engine, streams: int, rounds: int = 3) -> None:
             between = time.process_time()
             first = str(random.randrange(10**6))
             command = [*load, "--streams", str(streams), "--first", first]
-            told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+            told = json.loads(
+                subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout
+            )
             spent = (between - before, time.process_time() - between)
             over = told["tokens"] / told["seconds"]
             print(

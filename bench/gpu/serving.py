@@ -41,7 +41,7 @@ def engine(model: Any) -> None:
     compare(made, [20 + 7 * i % 200 for i in range(100)], 0.0)
     from bench.gpu import over_http  # needs what the app needs, the rest does not
 
-    over_http.measure(made, 64)
+    over_http.measure(made, 64, rounds=2)
     made.close()
 
 

@@ -44,15 +44,16 @@ class StagedInputs:
         self._cuts = ((3 + groups) * most * 8, most * 4, most * 8)
         self._shape = (3 + groups, most)
         is_cuda = device.type == "cuda"
-        self._pieces = torch.zeros((2, sum(self._cuts)), dtype=torch.uint8, pin_memory=is_cuda)
-        self._device = torch.zeros(sum(self._cuts), dtype=torch.uint8, device=device)
+        size = -(-sum(self._cuts) // 16) * 16  # each place begins where any number may
+        self._pieces = torch.zeros((2, size), dtype=torch.uint8, pin_memory=is_cuda)
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         self.device_numbers, self.device_lengths, self.device_draws = self._views(self._device)
         self.host = tuple(
             HostInputs(*(view.numpy() for view in self._views(piece))) for piece in self._pieces
         )
 
     def _views(self, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        numbers, lengths, draws = held.split(self._cuts)
+        numbers, lengths, draws = held[: sum(self._cuts)].split(self._cuts)
         return (
             numbers.view(torch.int64).view(self._shape),
             lengths.view(torch.int32),
