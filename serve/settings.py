@@ -248,6 +248,9 @@ def from_env(environ: Mapping[str, str] | None = None) -> Settings:
         except ValueError as wrong:
             shown = "***" if f.name in SECRETS else given
             raise BadSetting(variable, _masked(shown), f"allowed is {wrong}") from None
+    if values.get("is_zero_gpu") and not source.get("SPACES_ZERO_DEVICE_API_URL"):
+        hint = "Hugging Face sets it where it lends GPUs, with SPACES_ZERO_DEVICE_API_URL"
+        raise BadSetting("SPACES_ZERO_GPU", source["SPACES_ZERO_GPU"], hint)
     values.setdefault("work_dir", _default_work_dir(source))
     return Settings(**values)
 

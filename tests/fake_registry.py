@@ -53,7 +53,7 @@ def registry_with(
                 for start in range(0, len(wheel), step):
                     self.wfile.write(wheel[start : start + step])
                     time.sleep(pause)
-            elif self.path.strip("/") == f"simple/{name}":
+            elif self.path.strip("/") == f"simple/{name.replace('_', '-')}":
                 time.sleep(seconds)
                 page = f'<!DOCTYPE html><html><body><a href="/{file}">{file}</a></body></html>'
                 try:

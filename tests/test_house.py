@@ -22,7 +22,9 @@ PRODUCT = sorted(
 MAY_IMPORT = {
     "app": ("loader", "openai_compat", "serve"),
     "loader": ("serve.settings", "serve.model", "serve.errors", "serve.values", "serve.sources",
-               "serve.quantization"),
+               "serve.quantization", "serve.reading"),
+    "serve.reading": ("serve.settings", "serve.model", "serve.errors", "serve.values",
+                      "serve.sources.meter", "serve.quantization"),
     "openai_compat": ("serve.answers", "serve.service", "serve.wire", "serve.values",
                       "serve.errors", "serve.keys", "serve.limits", "serve.settings",
                       "serve.store", "serve.memory"),
@@ -54,7 +56,7 @@ MAY_IMPORT = {
 
 # Which layers may import each heavy library; nobody else does.
 ONLY_IN = {
-    "torch": ("app", "loader", "serve.model", "serve.quantization", "serve.formats.images",
+    "torch": ("app", "serve.reading", "serve.model", "serve.quantization", "serve.formats.images",
               "serve.engine"),
     "gradio": ("app", "serve.ui"),
     "fastapi": ("app", "openai_compat", "serve.answers"),

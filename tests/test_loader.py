@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loader import LoadFailed, load
 from serve.model import LoadedModel
@@ -262,6 +265,49 @@ def test_a_gguf_file_loads_with_its_own_template(tmp_path: Path, kind: str) -> N
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert "unpacked" in loaded.notes[0] and heard.passed == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "mxfp4", "gguf"])
+def test_weights_on_their_way_into_memory_are_counted_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from serve.sources.meter import Meter
+    from tests.tiny_gguf import tiny_gguf
+
+    if kind == "gguf":
+        path, headers = tiny_gguf(tmp_path / "tiny-Q4_1.gguf"), 16_384
+        stored = path.stat().st_size
+    else:
+        path = {"llama": tiny_llama, "mxfp4": partial(tiny_gpt_oss, mxfp4=True)}[kind](
+            tmp_path / "m"
+        )
+        stored, headers = (path / "model.safetensors").stat().st_size, 8_192
+    steps: list[int] = []
+    add = Meter.add
+    monkeypatch.setattr(Meter, "add", lambda meter, n: (steps.append(n), add(meter, n))[1])
+    heard = Heard()
+    heard.load(settings(tmp_path, MODEL_LOCAL_PATH=str(path)))
+    first, last = heard.progress[1], heard.progress[-1]
+    assert (first.phase, first.done_bytes, first.total_bytes) == ("loading", 0, stored)
+    assert first.detail == "reading the weights"
+    assert len(steps) > 10 and min(steps) > 0
+    assert last.done_bytes == sum(steps) and stored - headers < sum(steps) <= stored
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(0, 10**12), max_size=12),
+    st.lists(st.text(max_size=3), unique=True, max_size=12),
+)
+def test_no_tensor_counts_twice_and_none_is_left_out(
+    sizes: dict[str, int], names: list[str]
+) -> None:
+    from serve.quantization.arrival import shares
+
+    weights = shares(names, sizes)
+    others = [name for name in names if name not in sizes]
+    left = sum(size for name, size in sizes.items() if name not in names)
+    assert all(w == sizes[n] for n, w in zip(names, weights, strict=True) if n in sizes)
+    assert 0 <= sum(sizes.values()) - sum(weights) < max(len(others), 1) or (not others and left)
 
 
 @pytest.mark.real

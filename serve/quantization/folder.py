@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from serve.quantization.arrival import Arrived, told
 from serve.quantization.plan import Plan, Refused, Weights
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ def weight_files(folder: Path) -> list[Path]:
     raise Refused("the folder has no .safetensors and no .gguf file", "Name a folder with weights.")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise Refused unless the file is as long as its header says, and no Git LFS pointer."""
+def check_safetensors(path: Path) -> dict[str, int]:
+    """The bytes of each tensor in the file. Raises Refused unless it is as long as its header says,
+    and no Git LFS pointer."""
     size = path.stat().st_size
     with path.open("rb") as stored:
         start = stored.read(len(POINTER))
@@ -118,15 +120,17 @@ def check_safetensors(path: Path) -> None:
         header = stored.read(length)
     try:
         entries = json.loads(header)
-        ends = [e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        places = {k: e["data_offsets"] for k, e in entries.items() if k != "__metadata__"}
+        sizes = {name: end - begin for name, (begin, end) in places.items()}
+        promised = 8 + length + max((end for _, end in places.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Refused(f"{path.name} has a broken header", "Fetch it again.") from None
-    if 8 + length + max(ends, default=0) != size:
+    if promised != size:
         raise Refused(
-            f"{path.name} has {size} bytes where its header promises "
-            f"{8 + length + max(ends, default=0)}",
+            f"{path.name} has {size} bytes where its header promises {promised}",
             "Delete it and fetch it again.",
         )
+    return sizes
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,31 +169,41 @@ def sees_images(config: Mapping[str, Any]) -> bool | None:
 
 
 def load_weights(
-    folder: Path, config: Mapping[str, Any], plan: Plan, device: str, *, vision: bool
+    folder: Path,
+    config: Mapping[str, Any],
+    plan: Plan,
+    device: str,
+    *,
+    vision: bool,
+    arrived: Arrived = lambda count: None,
 ) -> Any:
-    """The model in eval mode on `device`, where its tensors go one by one. Raises Refused."""
+    """The model in eval mode on `device`, where its tensors go one by one; `arrived` is told the
+    stored bytes of each. Raises Refused."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from serve.quantization.transform import quantization_options
 
-    options = quantization_options(plan, config, weight_files(folder))
+    files = weight_files(folder)
+    sizes = {name: size for file in files for name, size in check_safetensors(file).items()}
+    options = quantization_options(plan, config, files)
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     is_ours = plan.method in ("awq", "gptq", "mxfp4")
     made = CONFIG_MAPPING[config["model_type"]].from_dict(kept if is_ours else dict(config))
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(
-            str(folder),
-            config=made,
-            dtype=getattr(torch, plan.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            device_map={"": device},
-            **options,
-        )
+        with told(sizes, arrived):
+            model = kind.from_pretrained(
+                str(folder),
+                config=made,
+                dtype=getattr(torch, plan.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                device_map={"": device},
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
         raise Refused(
             f"transformers cannot load it: {_first_line(error)}",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from serve.quantization.arrival import Arrived
+
 LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -26,8 +28,10 @@ LLAMA_NAMES = {
 }
 
 
-def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
-    """The model in `dtype` on the CPU, and its tokenizer with the file's own chat template.
+def load_gguf(path: Path, dtype: Any, arrived: Arrived = lambda count: None) -> tuple[Any, Any]:
+    """The model in `dtype` on the CPU, and its tokenizer with the file's own chat template;
+    `arrived` is told the stored bytes of each tensor as it is unpacked (of other architectures at
+    the end).
 
     Raises ValueError for a file or an architecture that transformers cannot read.
     """
@@ -36,17 +40,16 @@ def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
 
     metadata, names = read_gguf_metadata(str(path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-    if not (_is_plain_llama(metadata, names) and _has_known_blocks(path)):
-        return (
-            AutoModelForCausalLM.from_pretrained(
-                str(path.parent),
-                gguf_file=path.name,
-                dtype=dtype,
-                quantization_config=GgufConfig(dequantize=True),
-            ),
-            tokenizer,
-        )
-    return _load_llama(path, metadata, names, dtype), tokenizer
+    if _is_plain_llama(metadata, names) and _has_known_blocks(path):
+        return _load_llama(path, metadata, names, dtype, arrived), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    arrived(path.stat().st_size)  # this loader tells nothing on its way
+    return model, tokenizer
 
 
 def _is_plain_llama(metadata: dict[str, Any], names: tuple[str, ...]) -> bool:
@@ -80,7 +83,9 @@ def _hf_name(name: str) -> str | None:
     return known and f"{known}.weight"
 
 
-def _load_llama(path: Path, metadata: dict[str, Any], names: tuple[str, ...], dtype: Any) -> Any:
+def _load_llama(
+    path: Path, metadata: dict[str, Any], names: tuple[str, ...], dtype: Any, arrived: Arrived
+) -> Any:
     from transformers import LlamaForCausalLM
     from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
 
@@ -88,7 +93,9 @@ def _load_llama(path: Path, metadata: dict[str, Any], names: tuple[str, ...], dt
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state: dict[str, Any] = {}
     for name, stored in load_gguf_state_dict(GgufHeader.from_file(str(path))).items():
-        weight = _unpacked(stored, dtype)
+        raw = stored[...]
+        arrived(raw.nbytes)
+        weight = _unpacked(raw, stored.ggml_type, dtype)
         part = name.split(".")[-2]
         if part in heads:
             weight = _rotary_halves(weight, heads[part])
@@ -123,13 +130,12 @@ def _llama_config(metadata: dict[str, Any], names: tuple[str, ...]) -> Any:
     )
 
 
-def _unpacked(stored: Any, dtype: Any) -> Any:
+def _unpacked(raw: Any, block: Any, dtype: Any) -> Any:
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-    raw = stored[...]
-    if stored.ggml_type not in GGML_BLOCK:
+    if block not in GGML_BLOCK:
         return raw.to(dtype)
-    return dequantize(raw, stored.ggml_type).reshape(raw.shape[0], -1).to(dtype)
+    return dequantize(raw, block).reshape(raw.shape[0], -1).to(dtype)
 
 
 def _rotary_halves(weight: Any, heads: int) -> Any:

@@ -50,6 +50,19 @@ def candidates(settings: Settings) -> tuple[Candidate, ...]:
     return tuple(once.values())
 
 
+def without_effect(settings: Settings) -> tuple[str, ...]:
+    """What is set and does nothing because its other half is missing, in words for the log."""
+    found = []
+    if bool(settings.openxlab_ak) != bool(settings.openxlab_sk):
+        one, other = ("AK", "SK") if settings.openxlab_ak else ("SK", "AK")
+        found.append(f"OPENXLAB_{one} has no effect without OPENXLAB_{other}")
+    elif settings.openxlab_ak and not settings.openxlab_model_repo:
+        found.append("OPENXLAB_AK and OPENXLAB_SK have no effect without OPENXLAB_MODEL_REPO")
+    if settings.openxlab_model_subdir and not settings.openxlab_model_repo_url:
+        found.append("OPENXLAB_MODEL_SUBDIR has no effect without OPENXLAB_MODEL_REPO_URL")
+    return tuple(found)
+
+
 def is_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
