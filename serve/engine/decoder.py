@@ -2,7 +2,7 @@
 
 A row of a decode step is one sequence's next id, and rows do not meet but in the weights. So they
 are dealt to as many threads as there are cores, and each thread takes its rows through all layers
-alone: per layer one ONNX Runtime call, one compiled attention call, one more ONNX Runtime call. No
+alone: per layer one compiled attention call and one ONNX Runtime call. No
 thread waits for another before the step's end. Prompts go through the stock model as before; both
 share the cache. Stands in for the model's forward (modules.py puts it there); knows no requests.
 """
@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,16 +65,15 @@ class Decoder:
         with ThreadPoolExecutor(1) as beside:
             compiling = beside.submit(compile_attention, first.heads, first.kv_heads, first.dim)
             self._threads = _threads_a_call(first, cores)
-            self._layers = [
-                (
-                    graphs.before_attention(layer, self._threads),
-                    graphs.after_attention(layer, self._threads),
-                    layer.layer,
-                )
-                for layer in model.model.layers
+            layers = list(model.model.layers)
+            self._opening = graphs.opening(first, self._threads)
+            self._between = [
+                graphs.between(layer, following, self._threads)
+                for layer, following in pairwise(layers)
             ]
             weight = model.lm_head.weight.detach().numpy()
-            self._head = graphs.head(model.model.norm, weight, self._threads)
+            self._closing = graphs.closing(layers[-1], model.model.norm, weight, self._threads)
+            self._numbers = [layer.layer for layer in layers]
             self._attend: Attend = compiling.result()
         self._model = model
         self._stock = model.forward
@@ -137,9 +137,9 @@ class Decoder:
         seen = np.empty((rows, self._heads, self._dim), np.float32)
         scores = np.empty((self._heads, longest), np.float32)
         powers = np.empty((self._heads, longest), np.int32)
-        for before, after, layer in self._layers:
-            (packed,) = before.run(None, {"x": x})
-            group, store = stores[layer]
+        (packed,) = self._opening.run(None, {"x": x})
+        for number, session in zip(self._numbers, (*self._between, self._closing), strict=True):
+            group, store = stores[number]
             run = runs[group]
             self._attend(
                 packed.reshape(rows, -1, self._dim),
@@ -155,9 +155,9 @@ class Decoder:
                 scores,
                 powers,
             )
-            (x,) = after.run(None, {"x": x, "seen": seen.reshape(rows, -1)})
-        logits: Floats = self._head.run(None, {"x": x})[0]
-        return logits
+            x, *more = session.run(None, {"x": x, "seen": seen.reshape(rows, -1)})
+            packed = more[0] if more else packed
+        return x
 
 
 def _longest(runs: Runs) -> int:
@@ -179,7 +179,7 @@ def _threads_a_call(layer: JoinedLayer, cores: int) -> int:
 
 
 def _seconds(layer: JoinedLayer, threads: int) -> float:
-    session = graphs.after_attention(layer, threads)
+    session = graphs.between(layer, layer, threads)
     inputs = {
         "x": np.ones((1, layer.out.weight.shape[0]), np.float32),
         "seen": np.ones((1, layer.out.weight.shape[1]), np.float32),

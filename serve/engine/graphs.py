@@ -84,6 +84,7 @@ class Graph:
     def __init__(self) -> None:
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
+        self._sums: dict[str, str] = {}
 
     def tensor(self, values: npt.NDArray[Any]) -> str:
         name = f"t{len(self._tensors)}"
@@ -127,12 +128,16 @@ class Graph:
             accuracy_level=_ACCURACY,
         )
         if weight.offsets is not None:
-            cells = self.reshape(x, -1, count, BLOCK)
-            sums = self.node("ReduceSum", cells, self.tensor(np.array([2], np.int64)), keepdims=0)
-            made = self.node("Add", made, self.node("MatMul", sums, self.tensor(weight.offsets.T)))
+            if x not in self._sums:
+                cells = self.reshape(x, -1, count, BLOCK)
+                last = self.tensor(np.array([2], np.int64))
+                self._sums[x] = self.node("ReduceSum", cells, last, keepdims=0)
+            made = self.node("Gemm", self._sums[x], self.tensor(weight.offsets.T), made)
         return made if bias is None else self.node("Add", made, self.tensor(bias))
 
-    def session(self, inputs: Sequence[tuple[str, int]], output: str, threads: int) -> Any:
+    def session(
+        self, inputs: Sequence[tuple[str, int]], outputs: Sequence[str], threads: int
+    ) -> Any:
         def tensor(name: str, width: int | None) -> Any:
             shape: list[str | int | None] | None = None if width is None else ["rows", width]
             return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -141,7 +146,7 @@ class Graph:
             self._nodes,
             "layer",
             [tensor(name, width) for name, width in inputs],
-            [tensor(output, None)],
+            [tensor(output, None) for output in outputs],
             self._tensors,
         )
         opsets = [helper.make_opsetid(*pair) for pair in _OPSETS]
@@ -157,48 +162,63 @@ class Graph:
         )
 
 
-def before_attention(layer: JoinedLayer, threads: int) -> Any:
-    """x [rows, width] -> queries, keys, values [rows, (heads + 2 kv heads) * dim], not turned."""
-    graph, attention = Graph(), layer.stock.self_attn
-    width = layer.qkv.weight.shape[1]
-    made = _linear(graph, graph.norm("x", layer.stock.input_layernorm), layer.qkv)
-    if layer.q_norm is not None:
-        ends = np.cumsum([p.out_features for p in (attention.q_proj, attention.k_proj)])
-        whole = layer.qkv.weight.shape[0]
-        parts = [
-            _columns(graph, made, low, high)
-            for low, high in zip((0, *ends), (*ends, whole), strict=True)
-        ]
-        for place, norm in enumerate((layer.q_norm, layer.k_norm)):
-            heads = graph.reshape(parts[place], 0, -1, layer.dim)
-            size = int(ends[place] - (0 if place == 0 else ends[0]))
-            parts[place] = graph.reshape(graph.norm(heads, norm), -1, size)
-        made = graph.node("Concat", *parts, axis=1)
-    return graph.session([("x", width)], made, threads)
-
-
-def after_attention(layer: JoinedLayer, threads: int) -> Any:
-    """(x [rows, width], seen [rows, heads * dim]) -> the layer's output [rows, width]."""
+def opening(first: JoinedLayer, threads: int) -> Any:
+    """x [rows, width] -> (queries, keys, values of the first layer, not turned)."""
     graph = Graph()
-    width = layer.out.weight.shape[0]
+    made = _before_attention(graph, "x", first)
+    return graph.session([("x", first.qkv.weight.shape[1])], [made], threads)
+
+
+def between(layer: JoinedLayer, following: JoinedLayer, threads: int) -> Any:
+    """(x [rows, width], seen [rows, heads * dim]) -> (the layer's output [rows, width], queries,
+    keys, values of the layer that follows)."""
+    graph = Graph()
+    out = _after_attention(graph, layer)
+    return graph.session(_inputs(layer), [out, _before_attention(graph, out, following)], threads)
+
+
+def closing(last: JoinedLayer, norm: Any, weight: Floats, threads: int) -> Any:
+    """(x, seen) -> (logits [rows, vocabulary],)"""
+    graph = Graph()
+    inside = graph.norm(_after_attention(graph, last), norm)
+    return graph.session(_inputs(last), [graph.product(inside, blocks(weight))], threads)
+
+
+def _inputs(layer: JoinedLayer) -> list[tuple[str, int]]:
+    return [("x", layer.out.weight.shape[0]), ("seen", layer.out.weight.shape[1])]
+
+
+def _before_attention(graph: Graph, x: str, layer: JoinedLayer) -> str:
+    """[rows, (heads + 2 kv heads) * dim]"""
+    made = _linear(graph, graph.norm(x, layer.stock.input_layernorm), layer.qkv)
+    if layer.q_norm is None:
+        return made
+    queries, keys = layer.heads * layer.dim, layer.kv_heads * layer.dim
+    parts = []
+    for low, width, norm in (
+        (0, queries, layer.q_norm),
+        (queries, keys, layer.k_norm),
+        (queries + keys, keys, None),
+    ):
+        part = _columns(graph, made, low, low + width)
+        if norm is not None:
+            heads = graph.norm(graph.reshape(part, 0, -1, layer.dim), norm)
+            part = graph.reshape(heads, -1, width)
+        parts.append(part)
+    return graph.node("Concat", *parts, axis=1)
+
+
+def _after_attention(graph: Graph, layer: JoinedLayer) -> str:
+    """[rows, width] of the tensors "x" and "seen"."""
     x = graph.node("Add", "x", _linear(graph, "seen", layer.out))
     inside = graph.norm(x, layer.stock.post_attention_layernorm)
     mlp = layer.stock.mlp
     gate, up = (
-        graph.product(inside, blocks(p.weight.detach().numpy()), _bias(p))
-        for p in (mlp.gate_proj, mlp.up_proj)
+        graph.product(inside, blocks(part.weight.detach().numpy()), _bias(part))
+        for part in (mlp.gate_proj, mlp.up_proj)
     )
     gated = graph.node("QuickGelu", gate, domain="com.microsoft", alpha=1.0)  # this is SiLU
-    out = _linear(graph, graph.node("Mul", gated, up), layer.down)
-    inputs = [("x", width), ("seen", layer.out.weight.shape[1])]
-    return graph.session(inputs, graph.node("Add", x, out), threads)
-
-
-def head(norm: Any, weight: Floats, threads: int) -> Any:
-    """x [rows, width] -> logits [rows, vocabulary]."""
-    graph = Graph()
-    out = graph.product(graph.norm("x", norm), blocks(weight))
-    return graph.session([("x", weight.shape[1])], out, threads)
+    return graph.node("Add", x, _linear(graph, graph.node("Mul", gated, up), layer.down))
 
 
 def _linear(graph: Graph, x: str, projection: Any) -> str:
