@@ -70,7 +70,7 @@ def recording() -> Iterator[list[Launch]]:
 def launch_everything(dtype: torch.dtype) -> None:
     """Every kernel, by its launcher, in gpt-oss-20b's shapes and in others of 128 a head."""
     from serve.engine.kernels import attention, experts, fused, w4
-    from serve.engine.kernels.draws import draw
+    from serve.engine.kernels.draws import draw, follow
 
     count, hidden, tokens = 32, 2880, 8
 
@@ -116,9 +116,11 @@ def launch_everything(dtype: torch.dtype) -> None:
     fused.project(x, zeros(5120, hidden), out, fused.Cut(64, 128, 2, 4, 4))
     row = zeros(tokens, of=single)
     draw(zeros(tokens, 201_088), row, row, slots)
+    follow(slots, slots, slots, slots)
     groups = zeros(40, 1024)
     packed = w4.W4(zeros(1024, 2560, of=torch.uint8), groups, groups, 128)
     w4.product(zeros(tokens, 5120), packed)
+    w4.widen(packed, 0, zeros(64, 5120))
 
 
 def main() -> None:

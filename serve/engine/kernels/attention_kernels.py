@@ -157,7 +157,11 @@ def join_kernel(
     tl.store(out, made.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    # These three begin behind the step's decodes: a new number of those is no new kernel.
+    do_not_specialize_on_alignment=["tables_ptr", "start_ptr", "lengths_ptr"],
+)
 def prefill_kernel(
     query_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, tables_ptr: tl.tensor,
     start_ptr: tl.tensor, lengths_ptr: tl.tensor, sinks_ptr: tl.tensor, out_ptr: tl.tensor,

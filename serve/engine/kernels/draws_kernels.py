@@ -8,7 +8,12 @@ import triton.language as tl
 
 
 # fmt: off
-@triton.jit
+# Where these begin goes by the number of rows, which is no reason to compile anew.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "temperatures_ptr", "best_ptr", "sums_ptr", "ids_ptr", "faults_ptr"
+    ]
+)
 def survey_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, best_ptr: tl.tensor, sums_ptr: tl.tensor,
     ids_ptr: tl.tensor, faults_ptr: tl.tensor, V: tl.constexpr, CHUNKS: tl.constexpr,
@@ -34,7 +39,11 @@ def survey_kernel(
     tl.store(ids_ptr + row * CHUNKS + chunk, chunk * CHUNK + tl.argmax(x, 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "temperatures_ptr", "noise_ptr", "best_ptr", "sums_ptr", "ids_ptr", "faults_ptr"
+    ]
+)
 def pick_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, noise_ptr: tl.tensor, best_ptr: tl.tensor,
     sums_ptr: tl.tensor, ids_ptr: tl.tensor, faults_ptr: tl.tensor, out_ptr: tl.tensor,

@@ -74,7 +74,7 @@ class Layer:
 
 def splits_for(sequences: int) -> int:
     """Parts of each sequence's keys in a decode; of the batch only, so that a graph holds it."""
-    return max(1, min(32, 64 // sequences))
+    return 1 << min(5, max(1, 64 // sequences).bit_length() - 1)
 
 
 class FusedGptOss:

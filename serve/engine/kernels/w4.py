@@ -27,7 +27,7 @@ Format = Literal["awq", "gptq", "gptq_v2"]
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where output j of eight sits in an AWQ int32, in steps of four bits."""
 
-FEW = 256
+FEW = 384
 PIECE_BYTES = 64 * 2**20
 
 
