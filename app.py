@@ -180,29 +180,33 @@ def load(service: Service, settings: Settings) -> None:
             log.exception("Loading broke")
             service.fail("Loading broke; the log has the details.")
         wanted = None if settings.is_zero_gpu else service.wait_for_switch()
-        if wanted is not None:
+        if wanted is not None and not sources.has_room_beside(wanted):
             retire(service)
 
 
 def load_one(sources: Loader, wanted: str, service: Service, settings: Settings) -> None:
     """Load the offered model `wanted` ("": what the settings name) and let it serve."""
-    served = assemble(sources.load_offered(wanted) if wanted else sources.load(), settings)
+    loaded = sources.load_offered(wanted) if wanted else sources.load()
+    shared = sources.cache_gb if wanted or settings.is_zero_gpu else sources.share_memory(loaded.id)
+    served = assemble(loaded, settings, shared)
     service.attach(served)
     service.offer(sources.offered(), sources.seeing())
     served.format.warm()
 
 
 def retire(service: Service) -> None:
-    """End the served model: what runs may end first, and its memory is free before the next."""
-    previous = service.detach()
-    if previous is not None:
-        previous.engine.close(SWITCH_DRAIN_SECONDS)
-        del previous
+    """End the loaded models: what runs may end first, and their memory is free before the next."""
+    previous = list(iter(service.detach, None))
+    for one in previous:
+        one.engine.close(SWITCH_DRAIN_SECONDS)
+    if previous:
+        previous.clear()
+        del one
         gc.collect()
 
 
-def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
-    """Engine and format around a loaded model."""
+def assemble(loaded: LoadedModel, settings: Settings, cache_gb: float | None = None) -> ServedModel:
+    """Engine and format around a loaded model; `cache_gb` is its part where several are held."""
     from serve.engine.config import EngineConfig
     from serve.engine.engine import create_engine
     from serve.engine.seeing import create_seeing_engine
@@ -217,7 +221,8 @@ def assemble(loaded: LoadedModel, settings: Settings) -> ServedModel:
         context_length=loaded.context_length,
         device=loaded.device,
         config=EngineConfig(
-            kv_cache_gb=settings.kv_cache_gb, packs_weights=settings.quant_type in ("auto", "int8")
+            kv_cache_gb=settings.kv_cache_gb or cache_gb,
+            packs_weights=settings.quant_type in ("auto", "int8"),
         ),
     )
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve.quantization import together
 from serve.quantization.folder import is_whole, read_config
 from serve.quantization.machine import this_machine
-from serve.quantization.plan import Refused, Weights
+from serve.quantization.plan import Plan, Refused, Weights
 from serve.reading import Reader, name_of, sees
 from serve.settings import Settings
 from serve.sources import embedded, huggingface, lfs, modelscope, openxlab, registry
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PassOver = Callable[[PassedOver], None]
+Found = tuple[Plan, dict[str, Any]]  # how a model would be held, and its configuration
 
 
 class LoadFailed(Exception):
@@ -65,6 +67,8 @@ class Loader:
         self._first_reader: Reader | None = None
         self._offered: dict[str, Candidate] = {}
         self._seeing: set[str] = set()
+        self._needs: dict[str, int] = {}
+        self._cache_bytes: int | None = None
 
     def load(self) -> LoadedModel:
         """The first candidate that can serve. Raises LoadFailed."""
@@ -74,13 +78,14 @@ class Loader:
 
     def offered(self) -> tuple[str, ...]:
         """Ids of the models in MODEL_IDS that exist, can be reached and fit: what `load_offered`
-        takes. Asks hubs, so it may take seconds; downloads nothing."""
-        for candidate in candidates(self._settings):
-            if candidate.setting == "MODEL_IDS":
-                name, sees = self._fitting(candidate)
-                if name:
-                    self._offered.setdefault(name, candidate)
-                if name and sees:
+        takes. Asks hubs once, so it may take seconds; downloads nothing."""
+        named = [c for c in candidates(self._settings) if c.setting == "MODEL_IDS"]
+        for candidate in named if not self._offered else ():
+            name, found = self._fitting(candidate)
+            if found is not None:
+                self._offered.setdefault(name, candidate)
+                self._needs.setdefault(name, found[0].bytes_needed)
+                if sees(found[1]):
                     self._seeing.add(name)
         return tuple(self._offered)
 
@@ -95,22 +100,65 @@ class Loader:
             raise LoadFailed((PassedOver(name, "it is not offered here", "Name it in MODEL_IDS."),))
         return self._first_of((candidate,))
 
-    def _fitting(self, candidate: Candidate) -> tuple[str, bool | None]:
-        """A candidate's id ("" for one that does not fit) and whether it sees."""
+    # -- several at once ---------------------------------------------------------------------------
+
+    def share_memory(self, loaded: str) -> float | None:
+        """GB of cache for the engine of `loaded`, whose weights are in memory, when every offered
+        model may be held beside it; None: one at a time, and its engine may take what is free."""
+        others = [name for name in self.offered() if name != loaded]
+        if not others:
+            return None
+        machine, fixed = this_machine(), self._settings.kv_cache_gb
+        wanted = None if fixed is None else int(fixed * 2**30)
+        needs = [self._needs[name] for name in others]
+        self._cache_bytes = together.cache_bytes(machine, needs, wanted)
+        log.info(
+            "Beside %s, %.1f GB of %s are free; %s would need %.1f GB: %s.",
+            loaded,
+            machine.free_bytes / 1e9,
+            machine.memory_word,
+            ", ".join(others),
+            sum(needs) / 1e9,
+            "one model is held at a time"
+            if self._cache_bytes is None
+            else f"all may be held at once, with {self._cache_bytes / 1e9:.1f} GB of cache each",
+        )
+        return self.cache_gb
+
+    @property
+    def cache_gb(self) -> float | None:
+        return None if self._cache_bytes is None else self._cache_bytes / 2**30
+
+    def has_room_beside(self, name: str) -> bool:
+        """Whether an offered model fits beside what is loaded, measured now."""
+        if self._cache_bytes is None or name not in self._needs:
+            return False
+        machine, needed = this_machine(), self._needs[name]
+        fits = together.has_room(machine, needed, self._cache_bytes)
+        log.info(
+            "%s needs %.1f GB and %.1f GB of cache; %.1f GB are free: it is loaded %s.",
+            name,
+            needed / 1e9,
+            self._cache_bytes / 1e9,
+            machine.free_bytes / 1e9,
+            "beside the others" if fits else "in place of the others",
+        )
+        return fits
+
+    def _fitting(self, candidate: Candidate) -> tuple[str, Found | None]:
+        """A candidate's id, and its plan and configuration when it fits."""
         if candidate.kind == "local":
             path = Path(candidate.name).expanduser()
-            config = self._checked(partial(self._check_local, path))
-            return ("", None) if config is None else (name_of(path), sees(config))
+            return name_of(path), self._checked(partial(self._check_local, path))
         if not is_id(candidate.name) or self._known_refusal(candidate.name):
             return "", None
         for hub in self._hubs.order():
-            config = self._checked(partial(self._check_hub, hub, candidate.name))
-            if config is not None:
-                return self._hubs.reference(hub, candidate.name), sees(config)
+            found = self._checked(partial(self._check_hub, hub, candidate.name))
+            if found is not None:
+                return self._hubs.reference(hub, candidate.name), found
         return "", None
 
-    def _checked(self, check: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The configuration of a model that fits ({}: a GGUF file); None for one that does not."""
+    def _checked(self, check: Callable[[], Found]) -> Found | None:
         try:
             return check()
         except (SourceFailed, Refused) as failure:
@@ -228,22 +276,20 @@ class Loader:
             self._first_reader = Reader(self._settings, this_machine(), self._report)
         return self._first_reader
 
-    def _check_fit(self, offer: Offer) -> dict[str, Any]:
+    def _check_fit(self, offer: Offer) -> Found:
         """Raise Refused before a byte of weights comes."""
         config = {} if offer.gguf else self._hubs.config(offer)
-        self._plan_offer(offer, config)
-        return config
+        return self._plan_offer(offer, config), config
 
-    def _plan_offer(self, offer: Offer, config: dict[str, Any]) -> None:
+    def _plan_offer(self, offer: Offer, config: dict[str, Any]) -> Plan:
         if offer.gguf is not None:
-            self._reader().plan_gguf(offer.gguf.path, offer.gguf.size or 0)
-        else:
-            self._reader().plan(Weights(config, offer.weight_bytes))
+            return self._reader().plan_gguf(offer.gguf.path, offer.gguf.size or 0)
+        return self._reader().plan(Weights(config, offer.weight_bytes))
 
-    def _check_local(self, path: Path) -> dict[str, Any]:
-        return self._reader().plan_path(path)[1]
+    def _check_local(self, path: Path) -> Found:
+        return self._reader().plan_path(path)
 
-    def _check_hub(self, hub: str, name: str) -> dict[str, Any]:
+    def _check_hub(self, hub: str, name: str) -> Found:
         earlier = self._fetched_earlier(hub, name)
         if earlier is not None:
             return self._check_local(earlier)

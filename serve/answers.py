@@ -148,9 +148,9 @@ class Answers:
 
     def _echo(self, call: responses.ResponsesCall) -> dict[str, Any]:
         """The request's own fields, and what the model's makers say where it said nothing."""
-        cards = self._service.models()
-        left_open = {"temperature", "top_p"} & set(call.request.sampling.unset)
-        return {**call.echo, **{n: getattr(cards[0].defaults, n) for n in left_open if cards}}
+        card = self._service.card(call.request.model)
+        left_open = {"temperature", "top_p"} & set(call.request.sampling.unset) if card else ()
+        return {**call.echo, **{n: getattr(card.defaults, n) for n in left_open if card}}
 
     def _closer(self, call: responses.ResponsesCall) -> Callable[[str], str] | None:
         if "reasoning.encrypted_content" not in call.include:
@@ -264,12 +264,12 @@ class Answers:
         places = [image for message in asked.messages for image in message.images]
         if not places:
             return asked
-        cards = self._service.models()
-        if cards and cards[0].capabilities.vision is False:
+        card = self._service.card(asked.model)
+        if card is not None and card.capabilities.vision is False:
             if self._settings.image_fallback == "refuse":
                 where = places[0].where or "messages"
                 raise Unsupported(
-                    f"'{where}': {cards[0].id} reads no pictures; send text only.", param=where
+                    f"'{where}': {card.id} reads no pictures; send text only.", param=where
                 )
             request.state.pictures_left_out = len(places)
             return replace(asked, messages=without_pictures(asked.messages))
@@ -308,8 +308,7 @@ class Answers:
         return allowed == "all" or (allowed == "owner" and caller.is_owner)
 
     def _head(self, prefix: str, asked_model: str) -> Head:
-        cards = self._service.models()
-        card = cards[0] if cards else ModelCard(asked_model, 0)
+        card = self._service.card(asked_model) or ModelCard(asked_model, 0)
         return Head(
             prefix + secrets.token_hex(16), card.id, about.fingerprint(card), int(time.time())
         )

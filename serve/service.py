@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -40,6 +41,7 @@ from serve.values import (
     Finished,
     ModelCard,
     PassedOver,
+    Phase,
     Progress,
     Queued,
     Sampling,
@@ -68,7 +70,8 @@ class Service:
 
     def __init__(self, requested: str = "", public_name: str = "gpt-oss:20b") -> None:
         self._public_name = public_name
-        self._served: ServedModel | None = None
+        self._served: ServedModel | None = None  # the one that "default" means
+        self._held: dict[str, ServedModel] = {}  # all that are loaded, by id, it among them
         self._status = Status(requested=requested)
         self._wanted: SimpleQueue[str | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -88,8 +91,10 @@ class Service:
             self._status = replace(self._status, passed_over=passed_over)
 
     def fail(self, reason: str) -> None:
-        """Nothing serves and nothing more is tried by itself; `reason` is for everybody to read."""
-        self._tell(progress=Progress("failed", detail=reason), wanted="")
+        """Nothing more is tried by itself; `reason` is for everybody to read. What was to be loaded
+        beside a model leaves that one serving."""
+        phase: Phase = "failed" if self._served is None else "ready"
+        self._tell(progress=Progress(phase, detail=reason), wanted="")
 
     def offer(self, ids: Sequence[str], seeing: Sequence[str] = ()) -> None:
         """The models that fit this machine, by id; they may be switched between. `seeing`: those
@@ -107,29 +112,60 @@ class Service:
 
     def detach(self) -> ServedModel | None:
         """From now on requests are told that a model is loading. Running ones keep their engine;
-        the caller drains and closes it."""
+        the caller drains and closes it. What else is loaded comes with the next calls."""
         served, self._served = self._served, None
+        if served is None and self._held:
+            served = next(iter(self._held.values()))
+        if served is not None:
+            self._hold(without=served.card.id)
         self._tell(model=None, progress=Progress("loading", self._status.wanted))
         return served
 
     def attach(self, served: ServedModel) -> None:
-        """From now on `served` answers."""
+        """From now on `served` answers; what else is loaded still answers to its own id."""
+        self._hold(served)
         self._served = served
-        ready = replace(self._status.progress, phase="ready")
+        ready = replace(self._status.progress, phase="ready", detail="")
         self._tell(model=served.card, progress=ready, wanted="")
 
+    def _hold(self, served: ServedModel | None = None, without: str = "") -> None:
+        """A new table, never a changed one: other threads read it."""
+        held = {name: kept for name, kept in self._held.items() if name != without}
+        self._held = held if served is None else {**held, served.card.id: served}
+        self._tell(loaded=tuple(self._held))
+
     def status(self) -> Status:
-        if self._served is None:
+        stats = self.engine_stats()
+        if stats is None:
             return self._status
-        stats = self._served.engine.stats()
         return replace(self._status, running=stats.running, waiting=stats.waiting)
 
     def engine_stats(self) -> EngineStats | None:
-        """None while no model serves."""
-        return None if self._served is None else self._served.engine.stats()
+        """Of every loaded model together; None while there is none."""
+        found = [held.engine.stats() for held in self._held.values()]
+        if len(found) < 2:
+            return found[0] if found else None
+        return EngineStats(
+            running=sum(one.running for one in found),
+            waiting=sum(one.waiting for one in found),
+            kv_blocks_total=sum(one.kv_blocks_total for one in found),
+            kv_blocks_free=sum(one.kv_blocks_free for one in found),
+            tokens_per_second=sum(one.tokens_per_second for one in found),
+            last_step_age_seconds=max(one.last_step_age_seconds for one in found),
+            is_alive=all(one.is_alive for one in found),
+            preemptions=sum(one.preemptions for one in found),
+        )
 
     def models(self) -> tuple[ModelCard, ...]:
-        return () if self._served is None else (self._served.card,)
+        """Of what is loaded; first the one that "default" means."""
+        served, held = self._served, self._held
+        others = [one.card for one in held.values() if one is not served]
+        return (*(() if served is None else (served.card,)), *others)
+
+    def card(self, name: str) -> ModelCard | None:
+        """Of the model that a request naming `name` gets, if it gets one now."""
+        served = self._held.get(name) or self._served
+        return None if served is None else served.card
 
     def model(self, name: str) -> ModelCard:
         """The card of a served model by id or alias. Raises ModelNotFound or ModelLoading."""
@@ -137,12 +173,15 @@ class Service:
 
     def switch(self, name: str) -> ServeError:
         """Ask for an offered model; running requests end first, new ones wait for it. Returns what
-        to tell callers."""
-        if self._served is None or name != self._served.card.id:
+        to tell callers. One that is loaded beside the served one takes its place at once."""
+        held = self._held.get(name)
+        if held is not None and self._served is not None and not self._status.wanted:
+            self.attach(held)
+        elif self._served is None or name != self._served.card.id:
             self._tell(wanted=name, progress=Progress("loading", name))
             self._wanted.put(name)
         return ModelLoading(
-            f"The model {name!r} is being loaded in place of the one served now. Try again soon.",
+            f"The model {name!r} is being loaded, as was asked. Try again soon.",
             retry_after=10,
         )
 
@@ -153,12 +192,15 @@ class Service:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         self._wanted.put(None)
-        if self._served is not None:
-            self._served.engine.close(drain_seconds)
+        until = time.monotonic() + drain_seconds
+        for held in self._held.values():
+            held.engine.close(max(until - time.monotonic(), 0.0))
 
     def _resolve(self, request: ChatRequest | TextRequest) -> ServedModel:
         """The model a request names, or the ServeError that says why it cannot answer."""
         name = request.model
+        if name in self._held:
+            return self._held[name]
         served = self._served
         if served is not None and self._status.wanted:
             raise self._not_ready()
@@ -174,12 +216,14 @@ class Service:
         raise self.switch(name)
 
     def _find(self, name: str) -> ServedModel:
-        served = self._served
+        held, served = self._held.get(name), self._served
+        if held is not None:
+            return held
         if served is None:
             raise self._not_ready()
         if name in (served.card.id, "default", self._public_name, *served.card.aliases):
             return served
-        known = ", ".join(dict.fromkeys((served.card.id, "default", self._public_name)))
+        known = ", ".join(dict.fromkeys((*self._held, "default", self._public_name)))
         raise ModelNotFound(
             f"The model {name!r} is not served here. Served now: {known}.", param="model"
         )

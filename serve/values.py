@@ -356,7 +356,7 @@ class Status:
 
     `offered` are the ids that fit this machine and can be switched to, the served one among them;
     `seeing` those of them made for images too, as their configuration says. `wanted` is the one
-    being switched to.
+    being switched to; `loaded` are the ids that are held in memory and answer at once.
     """
 
     progress: Progress = field(default_factory=Progress)
@@ -366,6 +366,7 @@ class Status:
     offered: tuple[str, ...] = ()
     seeing: tuple[str, ...] = ()
     wanted: str = ""
+    loaded: tuple[str, ...] = ()
     running: int = 0
     waiting: int = 0
 

@@ -253,6 +253,41 @@ def test_a_switch_that_two_asked_for_is_done_once_and_one_to_what_serves_not_at_
     assert service.status().wanted == "" and service.status().is_ready
 
 
+def test_models_held_at_once_each_answer_to_their_id_and_switching_is_instant() -> None:
+    first, second = (ScriptedEngine([Say(ids(word)), END], eos_ids={END}) for word in "ab")
+    service = service_with(first)
+    kept = service.detach()
+    assert kept is not None
+    service.attach(kept)
+    service.offer(["tiny/model", "other/model"])
+    service.switch("other/model")
+    assert service.wait_for_switch() == "other/model"
+    named = replace(ask(), model="tiny/model")
+    assert said(events_of(service, named)) == "a"  # while the other is being loaded
+    card = replace(kept.card, id="other/model")
+    service.attach(replace(kept, card=card, engine=second))
+    assert said(events_of(service, named)) == "a"
+    assert said(events_of(service, replace(named, model="other/model"))) == "b"
+    assert said(events_of(service, replace(named, model="default"))) == "b"
+    assert [c.id for c in service.models()] == ["other/model", "tiny/model"]
+    assert service.status().loaded == ("tiny/model", "other/model")
+    service.switch("tiny/model")
+    assert service.status().is_ready and service.models()[0].id == "tiny/model"
+    assert said(events_of(service, replace(named, model="default"))) == "a"
+    taken = [one.card.id for one in iter(service.detach, None)]
+    assert sorted(taken) == ["other/model", "tiny/model"] and service.models() == ()
+
+
+def test_what_could_not_be_loaded_beside_a_model_leaves_it_serving() -> None:
+    service = service_with(ScriptedEngine([END], eos_ids={END}))
+    service.offer(["tiny/model", "other/model"])
+    service.switch("other/model")
+    service.wait_for_switch()
+    service.fail("other/model: the disk is full")
+    assert service.status().is_ready and service.status().wanted == ""
+    assert "disk is full" in service.status().progress.detail
+
+
 def test_trying_again_forgets_why_the_first_try_failed() -> None:
     service = Service("some/model")
     service.pass_over(PassedOver("some/model", "out of reach"))

@@ -192,7 +192,7 @@ async def _run(
 ) -> AsyncGenerator[None]:
     """Pictures go to a model that sees, and to one of which that is unknown; a model that does not
     gets the text alone, and the answer says so."""
-    card = service.status().model
+    card = service.card(request.model)
     sees = card.capabilities.vision if card is not None else None
     has_pictures = any(message.images for message in request.messages)
     if not has_pictures or sees is not False:

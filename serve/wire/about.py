@@ -105,6 +105,7 @@ def ready_json(status: Status) -> dict[str, Any]:
         "progress": asdict(status.progress),
         "passed_over": [asdict(candidate) for candidate in status.passed_over],
         "offered": list(status.offered),
+        "loaded": list(status.loaded),
         "running": status.running,
         "waiting": status.waiting,
     }
