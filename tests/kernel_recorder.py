@@ -132,7 +132,7 @@ def main() -> None:
     shared = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}[capability] * 1024
     with (
         recording() as launches,
-        mock.patch.object(experts, "_shared_bytes", lambda x: shared),
+        mock.patch.object(experts, "shared_bytes", lambda x: shared),
         mock.patch.object(experts, "_is_packed", lambda x, w: capability >= 80),
     ):
         launch_everything(dtype)

@@ -124,7 +124,7 @@ def missing(family: str) -> set[tuple[Any, ...]]:
 def main() -> None:
     with (
         mock.patch.object(torch.cuda, "synchronize"),
-        mock.patch.object(experts, "_shared_bytes", lambda x: 227 * 1024),
+        mock.patch.object(experts, "shared_bytes", lambda x: 227 * 1024),
         mock.patch.object(draws, "_CHUNK", 7),  # 46 stretches of a row, as odd as gpt-oss's 50
     ):
         for family in sys.argv[1:] or FAMILIES:

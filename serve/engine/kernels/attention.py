@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.engine.kernels import attention_kernels as kernels
+from serve.engine.kernels import experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ def prefill(
     _, size, kv_heads, _ = keys.shape
     group = heads // kv_heads
     padded = 1 << (group - 1).bit_length()
-    rows = max(128 if query.element_size() == 2 else 32, padded)
+    is_tight = dim > 64 and experts.shared_bytes(query) < 96 * 1024  # compute capability 7.5
+    rows = max((64 if is_tight else 128) if query.element_size() == 2 else 32, padded)
     tokens = rows // padded
     sinks = query if rule.sinks is None else rule.sinks
     grid = (-(-longest // tokens), kv_heads, lengths.shape[0])
@@ -115,5 +117,5 @@ def prefill(
         query, keys, values, tables, query_start, lengths, sinks, out, tables.stride(0),
         rule.scale * math.log2(math.e), heads, kv_heads, group, padded, rows, dim, size,
         rule.window or 0, 64 if query.element_size() == 2 else 32, rule.sinks is not None,
-        num_warps=4 if dim <= 64 else 8, num_stages=3 if dim <= 64 else 2,
+        num_warps=4 if dim <= 64 else 8, num_stages=3 if dim <= 64 else 1 if is_tight else 2,
     )  # fmt: skip

@@ -152,13 +152,13 @@ def down_tile(tokens: int, x: torch.Tensor) -> Tile:
 
 
 def _few(x: torch.Tensor, tokens: int) -> Tile:
-    if x.element_size() > 2 or _shared_bytes(x) < 96 * 1024:
+    if x.element_size() > 2 or shared_bytes(x) < 96 * 1024:
         return Tile(32, 16, 32, 2, 4)
     return Tile(64, tokens, 64, 3, 4)
 
 
 def _many(x: torch.Tensor) -> Tile:
-    shared = _shared_bytes(x)
+    shared = shared_bytes(x)
     if x.element_size() > 2 or shared < 96 * 1024:
         return Tile(32, 32, 32, 2, 4)
     if shared < 160 * 1024:
@@ -166,7 +166,7 @@ def _many(x: torch.Tensor) -> Tile:
     return Tile(128, 128, 64 if shared > 200 * 1024 else 32, 3, 8)
 
 
-def _shared_bytes(x: torch.Tensor) -> int:
+def shared_bytes(x: torch.Tensor) -> int:
     """Shared memory a block may use on x's device; the interpreter (CPU) has any."""
     if not x.is_cuda:
         return 1 << 20
