@@ -1,6 +1,7 @@
 """The page beside a stock gr.ChatInterface, in a real Chromium, in the same run.
 
-    python bench/page.py            about five minutes; prints a Markdown table
+    python bench/page.py                     about seven minutes; prints a Markdown table
+    python bench/page.py --only loading      a part: loading, turns, words, streams, crowd, ends
 
 Both serve the same scripted model from a process of their own, so what differs is the page. Each
 figure is the median of the runs named beside it; ratios are what to compare between machines. The
@@ -10,14 +11,12 @@ figure is the median of the runs named beside it; ratios are what to compare bet
 from __future__ import annotations
 
 import argparse
-import os
-import socket
+import asyncio
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,94 +26,30 @@ sys.path.insert(0, str(ROOT))
 import httpx  # noqa: E402
 from playwright.sync_api import Browser, CDPSession, Page  # noqa: E402
 
+from bench.page_servers import RATE, running  # noqa: E402
 from tests.browser import chromium  # noqa: E402
 
 PHONE = {"width": 360, "height": 740}
 DESKTOP = {"width": 1280, "height": 800}
 SLOW_4G = {"offline": False, "latency": 150, "downloadThroughput": 200e3, "uploadThroughput": 94e3}
 OURS = "#dock #composer textarea"
+OUR_FIRST = f"#early-text, {OURS}"  # what one may type into and send from, from the first paint on
 STOCK = "textarea[data-testid=textbox]"
-TOKENS, RATE = 2000, 100.0
-
-
-# ---- the two servers (each in a process of its own) ----
-
-
-def serve_ours(port: int) -> None:
-    import tempfile
-
-    from tests import page_server
-
-    page_server.SCENES["count"] = count_tokens
-    page_server.SCENES["burst"] = burst
-    server = page_server.start(Path(tempfile.mkdtemp()), port=port)
-    print(server.keys.owner_token, flush=True)
-    while True:
-        time.sleep(60)
-
-
-def count_tokens(question: str) -> Iterator[Any]:
-    from serve.engine.scripted import Say
-
-    for i in range(int(question.split()[1])):
-        yield Say(tuple(f"word{i % 10} ".encode()))
-        yield 1 / RATE
-
-
-def burst(question: str) -> Iterator[Any]:
-    from serve.engine.scripted import Say
-
-    for i in range(int(question.split()[1])):
-        yield Say(tuple(f"word{i % 10} ".encode()))
-
-
-def serve_stock(port: int) -> None:
-    import asyncio
-
-    import gradio as gr
-
-    async def answer(message: str, history: list[Any]) -> Any:
-        word, _, rest = message.partition(" ")
-        count = int(rest) if word in ("count", "burst") else 5
-        text, due = "", time.monotonic()
-        for i in range(count):
-            text += f"word{i % 10} "
-            yield text
-            if word == "count":
-                due += 1 / RATE
-                await asyncio.sleep(max(0, due - time.monotonic()))
-
-    gr.ChatInterface(answer, title="stock").launch(
-        server_name="127.0.0.1", server_port=port, ssr_mode=False, quiet=True
-    )
-
-
-@contextmanager
-def running(kind: str) -> Iterator[tuple[str, str]]:
-    """The server's address and the first line it printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, "--serve", kind, "--port", str(port)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            try:
-                httpx.get(url, timeout=5)
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        yield url, (process.stdout.readline().strip() if kind == "ours" and process.stdout else "")
-    finally:
-        process.terminate()
-        process.wait(10)
+TOKENS = 2000
+USERS, USER_TOKENS = 32, 200
 
 
 # ---- what is measured in the browser ----
+
+
+SHOWN = "/word4/"
+LAST = "[...document.querySelectorAll('.turn.assistant .words, .bot.message')].at(-1)?.textContent"
+# When the box that takes files stands on the page, by the page's own clock.
+WATCH_BOX = """box => new MutationObserver((_, seen) => {
+    if (!document.querySelector(box)) return;
+    window.boxAt = performance.now();
+    seen.disconnect();
+}).observe(document, { childList: true, subtree: true })"""
 
 
 class Visit:
@@ -135,6 +70,8 @@ class Visit:
         if phone:
             self.cdp.send("Network.emulateNetworkConditions", SLOW_4G)
             self.cdp.send("Emulation.setCPUThrottlingRate", {"rate": 4})
+        whole = OURS if box == OUR_FIRST else box
+        self.page.add_init_script(f"({WATCH_BOX})({whole!r})")
         self.began = time.monotonic()
         self.page.goto(url, wait_until="commit")
 
@@ -185,14 +122,29 @@ def median(measure: Callable[[], float], runs: int) -> float:
     return statistics.median(measure() for _ in range(runs))
 
 
-def loading(browser: Browser, url: str, box: str, phone: bool) -> tuple[float, float, float, float]:
-    """First paint, box usable (seconds), kB down, requests; medians of three cold starts."""
+def loading(
+    browser: Browser, url: str, box: str, whole: str, phone: bool
+) -> tuple[float, float, float, float, float, float]:
+    """Medians of three cold starts: first paint, a message typed and sent in `box`, its answer
+    shown, `whole` (the box with attachments) there (all in seconds), kB down, requests.
+
+    The message is sent as soon as there is a box, once; that its answer comes is what shows that
+    the box was usable.
+    """
     rows = []
     for _ in range(3):
         with Visit(browser, url, box, phone) as visit:
-            usable = visit.wait_for_box()
+            visit.wait_for_box()
+            visit.page.fill(box, "burst 5")
+            visit.page.press(box, "Enter")
+            sent = time.monotonic() - visit.began
+            visit.page.wait_for_function(f"() => {SHOWN}.test({LAST})", polling=20)
+            answered = time.monotonic() - visit.began
+            visit.page.wait_for_selector(whole)
+            there = float(visit.page.evaluate("() => window.boxAt ?? 0")) / 1000
             visit.page.wait_for_timeout(1500)
-            rows.append((visit.first_paint(), usable, visit.bytes_down / 1000, len(visit.requests)))
+            paint, size = visit.first_paint(), visit.bytes_down / 1000
+            rows.append((paint, sent, answered, there, size, float(len(visit.requests))))
     return tuple(statistics.median(column) for column in zip(*rows, strict=True))  # type: ignore
 
 
@@ -259,6 +211,47 @@ def streaming(browser: Browser, url: str, box: str) -> tuple[float, float]:
         return seconds, (visit.busy() - before) / seconds
 
 
+def lag(browser: Browser, url: str) -> float:
+    """Milliseconds from the model's last token (by the server's status) to its place on the page,
+    after 1000 tokens at 100 a second."""
+    with Visit(browser, url, OURS) as visit, ThreadPoolExecutor(1) as beside:
+        visit.wait_for_box()
+        visit.ask("burst 5", "word4")
+        idle = beside.submit(when_idle, url)
+        visit.ask("count 1000", "^[^]{5997,}$", look_every=20)
+        return max(0.0, time.monotonic() - idle.result()) * 1000
+
+
+def when_idle(url: str) -> float:
+    """The moment when the engine, which is about to be busy, has nothing more to do."""
+    with httpx.Client() as client:
+        was_busy = False
+        while True:
+            is_busy = client.get(url + "ui/status").json()["running"] > 0
+            if was_busy and not is_busy:
+                return time.monotonic()
+            was_busy = is_busy
+            time.sleep(0.02)
+
+
+def recovery(browser: Browser, url: str) -> float:
+    """Milliseconds, the longest of three failures: from the message that tells of it to the next
+    question on the page, with its answer coming."""
+    with Visit(browser, url, OURS) as visit:
+        visit.wait_for_box()
+        found = []
+        for scene in ("begin", "middle", "memory"):
+            visit.page.fill(OURS, scene)
+            visit.page.press(OURS, "Enter")
+            visit.page.wait_for_selector(".turn:last-child .error", timeout=20000)
+            began = time.monotonic()
+            visit.page.fill(OURS, "burst 5")
+            visit.page.press(OURS, "Enter")
+            visit.page.wait_for_selector(".turn.assistant:last-child .words:has-text('word4')")
+            found.append((time.monotonic() - began) * 1000)
+        return max(found)
+
+
 def stop_latency(browser: Browser, url: str) -> float:
     """Milliseconds from Esc to the engine having nothing to do, by the page's own status."""
     with Visit(browser, url, OURS) as visit:
@@ -300,6 +293,41 @@ def stream_bytes(url: str) -> tuple[float, float]:
     return size / 500, time.monotonic() - began
 
 
+def slowdown(url: str, target: str) -> float:
+    """How much longer 200 tokens at 50 a second take one of 32 readers (the median) than one alone,
+    as Gradio's own client gets them."""
+    return asyncio.run(crowd(url, target, USERS)) / asyncio.run(crowd(url, target, 1))
+
+
+async def crowd(url: str, target: str, users: int) -> float:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        config = (await client.get("config")).json()
+        entry = next(
+            d for d in config["dependencies"]
+            if (d["api_name"] == target if target else any(t[1] == "submit" for t in d["targets"]))
+        )  # fmt: skip
+        runs = (one_reader(client, entry, f"user{n}of{users}") for n in range(users))
+        return statistics.median(await asyncio.gather(*runs))
+
+
+async def one_reader(client: httpx.AsyncClient, entry: dict[str, Any], name: str) -> float:
+    text = f"walk {USER_TOKENS}"
+    turn = {"answer": "a", "question": "q", "text": text, "options": {}, "history": []}
+    ours = [{"text": "", "files": []}, turn, None]
+    data = [text, *[None] * (len(entry["inputs"]) - 1)] if entry["api_name"] == "chat" else ours
+    body = {"data": data, "fn_index": entry["id"], "session_hash": name, "trigger_id": None}
+    began = time.monotonic()
+    (await client.post("gradio_api/queue/join", json=body)).raise_for_status()
+    async with client.stream("GET", f"gradio_api/queue/data?session_hash={name}") as stream:
+        async for line in stream.aiter_lines():
+            if "process_completed" in line:
+                if '"success":true' not in line.replace(" ", ""):
+                    raise RuntimeError(line[:300])
+                break
+    return time.monotonic() - began
+
+
 def engine_share(browser: Browser, url: str) -> float:
     """Tokens a second of one API stream with a page answering beside it, over without."""
 
@@ -325,83 +353,83 @@ def engine_share(browser: Browser, url: str) -> float:
 
 # ---- the table ----
 
+Row = tuple[str, str, str, str]
 
-def table(browser: Browser) -> Iterator[tuple[str, str, str, str]]:
+
+def loading_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    for phone, name in ((False, "desk"), (True, "phone")):
+        a = loading(browser, ours, OUR_FIRST, OURS, phone)
+        b = loading(browser, stock, STOCK, STOCK, phone)
+        targets = ("≤ 1.0 s", "≤ 5.5 s") if phone else ("≤ 0.5 s", "≤ 2.0 s")
+        words = ("first contentful paint", "typed and sent", "its answer shown", "box for files")
+        for i, word in enumerate(words):
+            target = targets[0] if i == 0 else targets[1] if i == 1 else ""
+            yield f"{word}, {name}", f"{b[i]:.2f} s", f"{a[i]:.2f} s", target
+        if not phone:
+            yield "page weight", f"{b[4]:.0f} kB", f"{a[4]:.0f} kB", "≤ 620 kB"
+            yield "requests to load", f"{b[5]:.0f}", f"{a[5]:.0f}", ""
+
+
+def turn_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    strangers = [str(foreign_requests(browser, u, x)) for u, x in ((stock, STOCK), (ours, OURS))]
+    yield ("third-party requests", *strangers, "0")  # type: ignore[misc]
+    a, b = turn_costs(browser, ours, OURS), turn_costs(browser, stock, STOCK)
+    yield "requests a turn", f"{b[0]:.0f}", f"{a[0]:.0f}", "≤ 3"
+    yield "upload a turn at 15 turns", f"{b[1]:.1f} kB", f"{a[1]:.1f} kB", "≤ 2 kB"
+
+
+def word_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    for latency in (0, 150):
+        a = first_token(browser, ours, OURS, latency)
+        b = first_token(browser, stock, STOCK, latency)
+        yield f"Enter to first word, +{latency} ms", f"{b:.0f} ms", f"{a:.0f} ms", ""
+
+
+def stream_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    a, b = streaming(browser, ours, OURS), streaming(browser, stock, STOCK)
+    ideal = f"{TOKENS / RATE:.0f} s"
+    yield "2000 tokens at 100/s: done after", f"{b[0]:.1f} s", f"{a[0]:.1f} s", ideal
+    yield "main thread while streaming", f"{b[1]:.0%}", f"{a[1]:.0%}", "≤ 25 %"
+
+
+def crowd_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    a, b = slowdown(ours, ""), slowdown(stock, "chat")
+    yield "32 readers at 50/s: slower than one by", f"{b:.2f} ×", f"{a:.2f} ×", "≤ 1.15 ×"
+    yield "bytes down for a token at 100/s", "–", f"{stream_bytes(ours)[0]:.0f}", "≤ 80"
+    yield "API stream beside a page ÷ alone", "–", f"{engine_share(browser, ours):.3f}", "≥ 0.98"
+
+
+def end_rows(browser: Browser, ours: str, stock: str) -> Iterator[Row]:
+    yield "page behind the model at the end", "–", f"{lag(browser, ours):.0f} ms", "≤ 300 ms"
+    yield "Esc to the engine idle", "no Esc", f"{stop_latency(browser, ours):.0f} ms", "≤ 200 ms"
+    again = f"{recovery(browser, ours):.0f} ms"
+    yield "failure told to the next answer", "–", again, "≤ 1000 ms"
+
+
+PARTS: dict[str, Callable[[Browser, str, str], Iterator[Row]]] = {
+    "loading": loading_rows,
+    "turns": turn_rows,
+    "words": word_rows,
+    "streams": stream_rows,
+    "crowd": crowd_rows,
+    "ends": end_rows,
+}
+
+
+def table(browser: Browser, parts: Sequence[str]) -> Iterator[Row]:
     """(what, stock, ours, target), as they are found."""
     with running("ours") as (ours, _), running("stock") as (stock, _):
-        a, b = loading(browser, ours, OURS, False), loading(browser, stock, STOCK, False)
-        yield from [
-            ("first contentful paint, desk", f"{b[0]:.2f} s", f"{a[0]:.2f} s", "≤ 0.5 s"),
-            ("box usable, desk", f"{b[1]:.2f} s", f"{a[1]:.2f} s", "≤ 2.0 s"),
-            ("page weight", f"{b[2]:.0f} kB", f"{a[2]:.0f} kB", "≤ 620 kB"),
-            ("requests to load", f"{b[3]:.0f}", f"{a[3]:.0f}", ""),
-        ]
-        a, b = loading(browser, ours, OURS, True), loading(browser, stock, STOCK, True)
-        yield from [
-            ("first contentful paint, phone", f"{b[0]:.2f} s", f"{a[0]:.2f} s", "≤ 1.0 s"),
-            ("box usable, phone", f"{b[1]:.2f} s", f"{a[1]:.2f} s", "≤ 5.5 s"),
-        ]
-        say("loaded")
-        strangers = [
-            str(foreign_requests(browser, u, x)) for u, x in ((stock, STOCK), (ours, OURS))
-        ]
-        yield ("third-party requests", *strangers, "0")
-        c, d = turn_costs(browser, ours, OURS), turn_costs(browser, stock, STOCK)
-        yield from [
-            ("requests a turn", f"{d[0]:.0f}", f"{c[0]:.0f}", "≤ 3"),
-            ("upload a turn at 15 turns", f"{d[1]:.1f} kB", f"{c[1]:.1f} kB", "≤ 2 kB"),
-        ]
-        say("turns")
-        for latency in (0, 150):
-            e = first_token(browser, ours, OURS, latency)
-            f = first_token(browser, stock, STOCK, latency)
-            yield (f"Enter to first word, +{latency} ms", f"{f:.0f} ms", f"{e:.0f} ms", "")
-        say("first words")
-        g, h = streaming(browser, ours, OURS), streaming(browser, stock, STOCK)
-        ideal = TOKENS / RATE
-        yield from [
-            (
-                "2000 tokens at 100/s: done after",
-                f"{h[0]:.1f} s",
-                f"{g[0]:.1f} s",
-                f"{ideal:.0f} s",
-            ),
-            ("main thread while streaming", f"{h[1]:.0%}", f"{g[1]:.0%}", "≤ 25 %"),
-        ]
-        say("streams")
-        down, _ = stream_bytes(ours)
-        yield from [
-            ("bytes down for a token at 100/s", "–", f"{down:.0f}", "≤ 80"),
-            (
-                "Esc to the engine idle",
-                "no Esc",
-                f"{stop_latency(browser, ours):.0f} ms",
-                "≤ 200 ms",
-            ),
-            (
-                "API stream beside a page ÷ alone",
-                "–",
-                f"{engine_share(browser, ours):.3f}",
-                "≥ 0.98",
-            ),
-        ]
-
-
-def say(what: str) -> None:
-    print(f"… {what}", file=sys.stderr, flush=True)
+        for part in parts:
+            yield from PARTS[part](browser, ours, stock)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--serve", choices=["ours", "stock"])
-    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     chosen = parser.parse_args()
-    if chosen.serve:
-        (serve_ours if chosen.serve == "ours" else serve_stock)(chosen.port)
-        return
     print("| measured | stock gr.ChatInterface | this page | target |\n|---|---|---|---|")
     with chromium() as browser:
-        for row in table(browser):
+        for row in table(browser, chosen.only):
             print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -22,6 +22,13 @@ DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
 expect.set_options(timeout=20000)  # a busy machine is slow, not wrong
 BOX = "#dock #composer textarea"
+FORGET = """async () => {
+  const { store, settings, composer } = window.chatPage.parts;
+  for (const conversation of await store.list()) await store.remove(conversation.id);
+  settings.reset();
+  composer.sent(true);
+  document.querySelector("#effort-choice").value = "";
+}"""
 
 
 def chromium_path() -> str | None:
@@ -62,6 +69,22 @@ class Reader:
     def reload(self) -> None:
         self.page.reload()
         self.wait_for_box()
+
+    def begin_again(self) -> None:
+        """As a reader who comes for the first time, without loading the page once more: no
+        conversations, no settings, no draft, a closed sidebar, a desktop's window."""
+        if self.page.locator("#shell.running").count():
+            self.page.keyboard.press("Escape")
+            self.wait_for_end()
+        self.page.set_viewport_size(DESKTOP)
+        if self.page.locator("#sidebar").is_visible():
+            self.page.click("#close-sidebar")
+        self.page.evaluate(FORGET)
+        self.page.click("#new-chat")
+        expect(self.page.locator(".turn")).to_have_count(0)
+        expect(self.page.locator(BOX)).to_have_value("")
+        expect(self.page.locator("#composer .thumbnails")).to_have_count(0)
+        self.requests.clear()
 
     def send(self, text: str) -> None:
         self.page.fill(BOX, text)

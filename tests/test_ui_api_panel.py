@@ -46,6 +46,13 @@ def open_panel(browser: Browser, url: str) -> Reader:
     return who
 
 
+@pytest.fixture(scope="module")
+def panel(browser: Browser, server: PageServer) -> Iterator[Reader]:
+    who = open_panel(browser, server.url)
+    yield who
+    who.context.close()
+
+
 def shown_key(who: Reader) -> str:
     who.page.click("#key-show")
     expect(who.page.locator("#key-value")).not_to_contain_text("•")
@@ -54,6 +61,7 @@ def shown_key(who: Reader) -> str:
 
 def copied_program(who: Reader, name: str) -> str:
     who.page.click(f"#program-{name}")
+    expect(who.page.locator("#program-copy")).to_have_text("Copy")  # of the one before
     who.page.click("#program-copy")
     expect(who.page.locator("#program-copy")).to_have_text("Copied")
     return who.copied()
@@ -198,16 +206,9 @@ def follow_codex(program: str, folder: Path) -> str:
     ],
 )
 def test_each_program_runs_as_it_is_copied(
-    browser: Browser,
-    server: PageServer,
-    tmp_path: Path,
-    name: str,
-    run: Callable[[str, Path], str],
+    panel: Reader, tmp_path: Path, name: str, run: Callable[[str, Path], str]
 ) -> None:
-    who = open_panel(browser, server.url)
-    program = copied_program(who, name)
+    program = copied_program(panel, name)
     assert "$API_KEY" not in program
     assert "What is the capital of France?" in run(program, tmp_path), program
-    shown = who.page.locator("#program").inner_text()
-    assert "sk-guest-" not in shown
-    who.context.close()
+    assert "sk-guest-" not in panel.page.locator("#program").inner_text()

@@ -158,6 +158,7 @@ export class Chat {
     if (this.isRunning) return;
     const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
     this.#begin(answer);
+    this.view.askedAgain(question);
     this.#send({ answer: answer.id, question: question.id, ...said });
   }
 

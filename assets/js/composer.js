@@ -38,7 +38,14 @@ export class Composer {
   /** What was in the box is a question now. Files are Gradio's to remove. */
   sent(hadFiles) {
     this.fill("");
-    if (hadFiles) this.bridge.slot.trigger("clear");
+    if (!hadFiles) return;
+    this.bridge.slot.trigger("clear");
+    this.#forgetFile();
+  }
+
+  // A browser says nothing when the file is chosen that was chosen last.
+  #forgetFile() {
+    for (const input of byId("composer").querySelectorAll('input[type="file"]')) input.value = "";
   }
 
   /** Send the words in the box; while an answer is written they stay there. */
@@ -89,6 +96,7 @@ export class Composer {
     box.addEventListener("input", () => this.#keepDraft());
     box.addEventListener("click", (event) => {
       if (event.target.closest(".stop-button")) this.chat.stopped();
+      if (event.target.closest(".upload-button, .delete-button")) this.#forgetFile();
       if (event.target.closest(".submit-button") && !this.#hasFiles()) this.#ours(event);
     }, true);
     new MutationObserver(() => this.dress()).observe(box, { childList: true, subtree: true });
@@ -110,9 +118,13 @@ export class Composer {
     name(".submit-button", t("send"));
     name(".stop-button", t("stop"));
     name(".delete-button", t("remove_file"));
-    name('[role="group"]', t("message"));
+    name('.full-container[role="group"]', t("message"));
     name("button.upload-container", t("attach"));
     name('input[type="file"]', t("attach"));
+    name(".thumbnails", t("attached_files"));
+    name(".thumbnail-wrapper", t("attached_files"));
+    // A list's item outside a list, for Gradio; a group to who listens.
+    for (const node of box.querySelectorAll('[role="listitem"]')) node.setAttribute("role", "group");
     for (const image of box.querySelectorAll("img")) {
       if (image.alt !== "") image.alt = "";
     }

@@ -66,6 +66,9 @@ function viewOf(page) {
       remember(page);
       composer.sent(hadFiles);
     },
+    askedAgain: (question) => {
+      if (composer.area.value === question.text) composer.fill(""); // it was given back
+    },
     runChanged: () => {
       composer.running(page.chat.isRunning);
       transcript.drawAll();

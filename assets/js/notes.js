@@ -46,7 +46,7 @@ function errorBox(error, offer) {
   const chance = code === "context_length_exceeded" ? offer?.() : null;
   if (chance) {
     parts.push(el("button", { type: "button", className: "small", on: { click: chance.take } },
-      t("read_from", { count: chance.count })));
+      t(chance.count === 1 ? "read_alone" : "read_from", { count: chance.count })));
   }
   if (error.message) parts.push(serverWords(error.message));
   return el("div", { className: "error", role: "group", aria: { label: t("error") } }, ...parts);
