@@ -71,8 +71,10 @@ class Decoder:
                 graphs.between(layer, following, self._threads)
                 for layer, following in pairwise(layers)
             ]
+            self._closing = graphs.closing(layers[-1], model.model.norm, self._threads)
+            self._parts = max(1, cores // self._threads)
             weight = model.lm_head.weight.detach().numpy()
-            self._closing = graphs.closing(layers[-1], model.model.norm, weight, self._threads)
+            self._pieces = graphs.heads(weight, self._parts, self._threads)
             self._numbers = [layer.layer for layer in layers]
             self._attend: Attend = compiling.result()
         self._model = model
@@ -80,7 +82,6 @@ class Decoder:
         self._embedding = model.get_input_embeddings().weight.detach().numpy()
         self._heads, self._kv_heads, self._dim = first.heads, first.kv_heads, first.dim
         self._scale = np.float32(first.call.scale)
-        self._parts = max(1, cores // self._threads)
         self._pool = ThreadPoolExecutor(self._parts, thread_name_prefix="decode")
         log.info(
             "Decode steps run as %d x %d threads; made in %.1f s",
@@ -100,8 +101,7 @@ class Decoder:
             return self._stock(**kwargs)
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
         keep: Tensor = kwargs["logits_to_keep"]
-        logits = self._decode(ids[:count], positions[:count], backend)
-        logits = logits[keep[keep < count]]
+        logits = self._decode(ids[:count], positions[:count], backend, keep[keep < count])
         if count < ids.shape[0]:
             backend.begin(backend.layout.after(count))
             kwargs |= {
@@ -112,8 +112,8 @@ class Decoder:
             logits = torch.cat([logits, self._stock(**kwargs).logits[0]])
         return SimpleNamespace(logits=logits[None])
 
-    def _decode(self, ids: Tensor, positions: Tensor, backend: CpuBackend) -> Tensor:
-        """[rows, vocabulary]"""
+    def _decode(self, ids: Tensor, positions: Tensor, backend: CpuBackend, drawn: Tensor) -> Tensor:
+        """[rows that draw, vocabulary]"""
         rows = ids.shape[0]
         hidden = self._embedding[ids.numpy()]
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
@@ -126,12 +126,29 @@ class Decoder:
         stores = backend.stores()
         others = [self._pool.submit(self._through, *piece, stores) for piece in pieces[1:]]
         parts = [self._through(*pieces[0], stores), *(other.result() for other in others)]
-        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return torch.from_numpy(self._head(np.concatenate(parts)[drawn.numpy()]))
+
+    def _head(self, x: Floats) -> Floats:
+        """All rows by every thread, over its piece of the vocabulary: even one row keeps all
+        threads busy."""
+        logits = np.empty((x.shape[0], self._embedding.shape[0]), np.float32)
+
+        def compute(session: Any, columns: slice) -> None:
+            (logits[:, columns],) = session.run(None, {"x": x})
+
+        if not x.shape[0]:
+            return logits
+        first, *rest = self._pieces
+        others = [self._pool.submit(compute, *piece) for piece in rest]
+        compute(*first)
+        for other in others:
+            other.result()
+        return logits
 
     def _through(
         self, x: Floats, cos: Floats, sin: Floats, runs: Sequence[Runs], stores: Mapping[int, Any]
     ) -> Floats:
-        """Some rows through all layers and the head, on the thread that calls."""
+        """Some rows through all layers, on the thread that calls: what the head reads."""
         rows = x.shape[0]
         longest = max(_longest(run) for run in runs)
         seen = np.empty((rows, self._heads, self._dim), np.float32)

@@ -177,11 +177,23 @@ def between(layer: JoinedLayer, following: JoinedLayer, threads: int) -> Any:
     return graph.session(_inputs(layer), [out, _before_attention(graph, out, following)], threads)
 
 
-def closing(last: JoinedLayer, norm: Any, weight: Floats, threads: int) -> Any:
-    """(x, seen) -> (logits [rows, vocabulary],)"""
+def closing(last: JoinedLayer, norm: Any, threads: int) -> Any:
+    """(x, seen) -> (what the head reads [rows, width],)"""
     graph = Graph()
-    inside = graph.norm(_after_attention(graph, last), norm)
-    return graph.session(_inputs(last), [graph.product(inside, blocks(weight))], threads)
+    return graph.session(_inputs(last), [graph.norm(_after_attention(graph, last), norm)], threads)
+
+
+def heads(weight: Floats, pieces: int, threads: int) -> list[tuple[Any, slice]]:
+    """x [rows, width] -> (logits [rows, these columns of the vocabulary],), piece by piece."""
+    made: list[tuple[Any, slice]] = []
+    low = 0
+    for piece in np.array_split(weight, pieces):
+        graph = Graph()
+        product = graph.product("x", blocks(piece))
+        session = graph.session([("x", weight.shape[1])], [product], threads)
+        made.append((session, slice(low, low + len(piece))))
+        low += len(piece)
+    return made
 
 
 def _inputs(layer: JoinedLayer) -> list[tuple[str, int]]:
