@@ -64,6 +64,12 @@ def test_the_page_comes_with_our_markup_style_and_script_and_the_right_length() 
     assert "raw.githubusercontent" not in page and 'content="Gradio"' not in page
 
 
+def test_the_page_is_packed_for_who_can_unpack_it() -> None:
+    _, head, body = get("/", accept_encoding="gzip, br")
+    assert head["content-encoding"] == "gzip" and int(head["content-length"]) == len(body)
+    assert gzip.decompress(body) == get("/")[2]
+
+
 def test_other_answers_pass_unchanged() -> None:
     assert get("/config")[2] == b"{}"
 

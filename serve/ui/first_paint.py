@@ -63,7 +63,7 @@ class FirstPaint:
         elif path.startswith(ASSET_ROOT):
             await self._asset(scope, send, path.removeprefix(ASSET_ROOT))
         elif path == "/":
-            await self._app(scope, receive, _Page(send, self._complete))
+            await self._app(scope, receive, _Page(send, self._complete, _takes_gzip(scope)))
         else:
             await self._app(scope, receive, send)
 
@@ -179,11 +179,13 @@ def status_json(status: Status) -> dict[str, Any]:
 
 
 class _Page:
-    """A send that collects an HTML answer and passes it on completed; anything else unchanged."""
+    """A send that collects an HTML answer and passes it on completed and packed; anything else
+    unchanged."""
 
-    def __init__(self, send: Send, complete: Callable[[str], str]) -> None:
+    def __init__(self, send: Send, complete: Callable[[str], str], packs: bool) -> None:
         self._send = send
         self._complete = complete
+        self._packs = packs
         self._start: MutableMapping[str, Any] | None = None
         self._body: list[bytes] = []
 
@@ -204,8 +206,12 @@ class _Page:
         whole = b"".join(self._body)
         body = self._complete(whole.decode()).encode() if whole else whole
         kept = [pair for pair in start["headers"] if pair[0] != b"content-length"]
+        packing = [(b"vary", b"accept-encoding")]
+        if self._packs and body:
+            body = gzip.compress(body, 6)
+            packing.append((b"content-encoding", b"gzip"))
         length = [(b"content-length", str(len(body)).encode())] if whole else []
-        await self._send({**start, "headers": [*kept, *length, *HEADERS]})
+        await self._send({**start, "headers": [*kept, *length, *packing, *HEADERS]})
         await self._send({"type": "http.response.body", "body": body})
 
 
@@ -214,6 +220,10 @@ def _preload(name: str) -> str:
     if name.endswith(".css"):
         return f'<link rel="preload" as="style" crossorigin href="./assets/{name}">'
     return f'<link rel="modulepreload" crossorigin href="./assets/{name}">'
+
+
+def _takes_gzip(scope: Scope) -> bool:
+    return b"gzip" in dict(scope["headers"]).get(b"accept-encoding", b"")
 
 
 def _path(scope: Scope) -> str:
@@ -251,8 +261,7 @@ async def _reply(
     ]
     if tag:
         headers.append((b"etag", tag))
-    accepted = dict(scope["headers"]).get(b"accept-encoding", b"")
-    if len(body) > 1000 and b"gzip" in accepted and not media_type.startswith(("image/p", "font/")):
+    if len(body) > 1000 and _takes_gzip(scope) and not media_type.startswith(("image/p", "font/")):
         body = gzip.compress(body, 6)
         headers += [(b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
     headers.append((b"content-length", str(len(body)).encode()))
