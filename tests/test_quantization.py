@@ -15,6 +15,7 @@ from serve.engine.config import EngineConfig
 from serve.engine.engine import create_engine
 from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt, Tokens
 from serve.model import LoadedModel
+from serve.quantization.folder import load_weights, read_weights
 from serve.quantization.machine import Machine, free_memory
 from serve.quantization.plan import Refused, Weights, plan, plan_gguf
 from serve.settings import QuantType, from_env
@@ -285,3 +286,33 @@ def test_a_packing_that_is_not_read_is_refused_by_name(
     quant = "mxfp4" if "quant_method" in change else "auto"
     with pytest.raises(LoadFailed, match=said):
         load_path(packed, tmp_path, QUANT_TYPE=quant, HF_MODEL_ID="c/d")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_other_widths_are_gptqmodels_where_it_is_installed_and_refused_before_their_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("serve.quantization.plan.has_gptqmodel", lambda method: is_there)
+    packed, plain = quantized_llama(tmp_path, "gptq", bits=8)
+    weights = read_weights(packed)
+    if not is_there:
+        with pytest.raises(Refused, match="8 bits") as refused:
+            plan(weights, "auto", Machine("cpu", 10**10, "the CPU"), can_hold_mxfp4=True)
+        assert "requirements-gptq.txt" in refused.value.fix
+        return
+    chosen = plan(weights, "auto", Machine("cpu", 10**10, "the CPU"), can_hold_mxfp4=True)
+    assert chosen.method == "gptqmodel" and "8 bits" in chosen.notes[0]
+    given: dict[str, Any] = {}
+
+    def from_pretrained(_: str, **options: Any) -> Any:
+        """Where transformers would take gptqmodel's layers, as the configuration says."""
+        given.update(options)
+        return stock(plain)
+
+    stock = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_weights(packed, weights.config, chosen, "cpu", vision=False)
+    assert given["config"].quantization_config["bits"] == 8
+    assert "quantization_config" not in given

@@ -17,9 +17,16 @@ AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that nibble i of an AWQ wor
 
 
 def quantized_llama(
-    folder: Path, method: str, *, group: int = 32, act_order: bool = False, form: str = "gptq"
+    folder: Path,
+    method: str,
+    *,
+    group: int = 32,
+    act_order: bool = False,
+    form: str = "gptq",
+    bits: int = 4,
 ) -> tuple[Path, Path]:
-    """(packed, plain): the plain one has exactly the packed one's weights, in float32."""
+    """(packed, plain): the plain one has exactly the packed one's weights, in float32. `bits` other
+    than 4 for GPTQ only."""
     plain, packed = tiny_llama(folder / "plain", intermediate_size=128), folder / "packed"
     shutil.copytree(plain, packed)
     weights = load_file(plain / "model.safetensors")
@@ -27,10 +34,10 @@ def quantized_llama(
     for number, (name, weight) in enumerate(weights.items()):
         if ".self_attn." in name or ".mlp." in name:
             order = _order(weight.shape[1], act_order, number)
-            codes, scales, zeros, group_of = _quantize(weight, group, order)
+            codes, scales, zeros, group_of = _quantize(weight, group, order, 2**bits - 1)
             meant[name] = ((codes - zeros[:, group_of]) * scales[:, group_of]).float()
             stem = name.removesuffix("weight")
-            tensors = _awq(codes, zeros) if method == "awq" else _gptq(codes, zeros, form)
+            tensors = _awq(codes, zeros) if method == "awq" else _gptq(codes, zeros, form, bits)
             stored |= {stem + key: tensor for key, tensor in tensors.items()}
             stored[stem + "scales"] = scales.T.half().contiguous()
             if method == "gptq":
@@ -42,7 +49,7 @@ def quantized_llama(
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": method,
-        "bits": 4,
+        "bits": bits,
         "group_size": group,
         **({"version": "gemm", "zero_point": True} if method == "awq" else {}),
         **({"desc_act": act_order, "checkpoint_format": form} if method == "gptq" else {}),
@@ -56,15 +63,17 @@ def _order(inputs: int, act_order: bool, seed: int) -> Tensor:
     return torch.randperm(inputs, generator=generator) if act_order else torch.arange(inputs)
 
 
-def _quantize(weight: Tensor, group: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize(
+    weight: Tensor, group: int, order: Tensor, top: int = 15
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """codes [out, in], scales and zero points [out, groups], each input's group [in]."""
     outputs, inputs = weight.shape
     size = inputs if group < 0 else group
     groups = weight[:, order].unflatten(1, (-1, size))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = ((high - low) / 15).half().float().clamp_min(1e-4)
-    zeros = (-low / scales).round().clamp(0, 15)
-    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+    scales = ((high - low) / top).half().float().clamp_min(1e-4)
+    zeros = (-low / scales).round().clamp(0, top)
+    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, top)
     group_of = torch.empty(inputs, dtype=torch.long)
     group_of[order] = torch.arange(inputs) // size
     back = torch.empty_like(order)
@@ -72,10 +81,11 @@ def _quantize(weight: Tensor, group: int, order: Tensor) -> tuple[Tensor, Tensor
     return codes.reshape(outputs, inputs)[:, back], scales, zeros, group_of
 
 
-def _words(numbers: Tensor) -> Tensor:
-    """[rows, 8 n] numbers -> int32 [rows, n], number i in nibble i."""
-    shifts = torch.tensor([4 * i for i in range(8)])
-    words = (numbers.long().unflatten(1, (-1, 8)) << shifts).sum(-1)
+def _words(numbers: Tensor, bits: int = 4) -> Tensor:
+    """[rows, n * 32 / bits] numbers -> int32 [rows, n], the first in a word's lowest bits."""
+    each = 32 // bits
+    shifts = torch.tensor([bits * i for i in range(each)])
+    words = (numbers.long().unflatten(1, (-1, each)) << shifts).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
@@ -86,6 +96,6 @@ def _awq(codes: Tensor, zeros: Tensor) -> dict[str, Tensor]:
     return {"qweight": packed(codes.T), "qzeros": packed(zeros.T)}
 
 
-def _gptq(codes: Tensor, zeros: Tensor, form: str) -> dict[str, Tensor]:
-    stored = (zeros - (1 if form == "gptq" else 0)) % 16
-    return {"qweight": _words(codes).T.contiguous(), "qzeros": _words(stored.T)}
+def _gptq(codes: Tensor, zeros: Tensor, form: str, bits: int) -> dict[str, Tensor]:
+    stored = (zeros - (1 if form == "gptq" else 0)) % 2**bits
+    return {"qweight": _words(codes, bits).T.contiguous(), "qzeros": _words(stored.T, bits)}

@@ -42,6 +42,12 @@ def can_hold_mxfp4(machine: Machine) -> bool:
     return machine.device == "cpu" or find_spec("triton") is not None
 
 
+def has_gptqmodel(method: str) -> bool:
+    """Whether gptqmodel is installed, with what transformers also wants for the method."""
+    wanted = ("gptqmodel", "optimum") if method == "gptq" else ("gptqmodel",)
+    return all(find_spec(name) is not None for name in wanted)
+
+
 def free_memory(cgroups: Path = CGROUPS) -> int:
     """Bytes that a process may still take: the system's, or the container's when that is less."""
     import psutil

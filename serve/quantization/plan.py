@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serve.quantization.machine import Machine
+from serve.quantization.machine import Machine, has_gptqmodel
 from serve.settings import QuantType
 
-Method = Literal["full", "mxfp4", "awq", "gptq", "bnb4", "int8", "bitsandbytes", "gguf"]
+Method = Literal[
+    "full", "mxfp4", "awq", "gptq", "gptqmodel", "bnb4", "int8", "bitsandbytes", "gguf"
+]  # fmt: skip
 DType = Literal["float32", "bfloat16", "float16"]
 
 BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 MXFP4_BYTES = 17 / 32  # per parameter: 32 halves of a byte and one scale
+OWN_LAYOUTS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}  # read by our own 4-bit layers
 PACKED_BYTES = 0.56  # bnb4 (NF4, double quantized), as measured over whole layers
 GGUF_BITS = {
     "mxfp4": 4.25, "q2": 2.6, "q3": 3.4, "q4": 4.6, "q5": 5.6, "q6": 6.6, "q8": 8.5,
@@ -230,7 +233,29 @@ def _packed(weights: Weights, stored: str, machine: Machine) -> Plan:
     _must_fit(needed, machine, f"as {stored.upper()}")
     if stored == "bitsandbytes":
         return Plan("bitsandbytes", dtype, needed)
+    foreign = _foreign_packing(weights, stored)
+    if foreign:
+        return Plan("gptqmodel", dtype, needed, (f"{foreign}: held by gptqmodel's layers",))
     return Plan("awq" if stored == "awq" else "gptq", dtype, needed)
+
+
+def _foreign_packing(weights: Weights, method: str) -> str:
+    """What of the packing our own layers do not read; "" if they do. Raises Refused where gptqmodel
+    would be needed and is not installed."""
+    stored = weights.config["quantization_config"]
+    bits = int(stored.get("bits") or stored.get("w_bit") or 4)
+    named = stored.get("version") if method == "awq" else stored.get("checkpoint_format")
+    layout = str(named or OWN_LAYOUTS[method][0]).lower()
+    if bits == 4 and layout in OWN_LAYOUTS[method]:
+        return ""
+    told = f"its {method.upper()} weights have {bits} bits in the layout {layout!r}"
+    if not has_gptqmodel(method):
+        own = " and ".join(repr(one) for one in OWN_LAYOUTS[method])
+        raise Refused(
+            f"{told}; 4 bits in {own} are read without gptqmodel",
+            "Install what requirements-gptq.txt says, or name a model with such weights.",
+        )
+    return told
 
 
 def _mxfp4(weights: Weights, wanted: QuantType, machine: Machine, can_hold: bool) -> Plan:
