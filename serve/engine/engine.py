@@ -58,8 +58,7 @@ class _Cancel:
 
 
 class PagedEngine:
-    """serve.engine.face.Engine on a paged cache. `eos_ids` end every request's choices; whether it
-    `runs_ahead` may be changed at any time."""
+    """serve.engine.face.Engine on a paged cache. `runs_ahead` may be changed at any time."""
 
     def __init__(
         self,
@@ -391,12 +390,11 @@ def create_engine(
     runner, cache, context_length = create_runner(
         model, device, context_length=context_length, config=config, inputs=inputs, shifts=shifts
     )
-    engine = PagedEngine(
+    return PagedEngine(
         runner,
         cache,
         config,
         eos_ids=frozenset(eos_ids),
         context_length=context_length,
         vocabulary=runner.vocabulary,
-    )
-    return engine.start()
+    ).start()
