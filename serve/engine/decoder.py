@@ -4,7 +4,7 @@ A row of a decode step is one sequence's next id, and rows do not meet but in th
 are dealt to as many threads as there are cores, and each thread takes its rows through all layers
 alone: per layer one compiled attention call and one ONNX Runtime call. No
 thread waits for another before the step's end. Prompts go through the stock model as before; both
-share the cache. Stands in for the model's forward (modules.py puts it there); knows no requests.
+share the cache. Stands in for the model's forward (runner.py puts it there); knows no requests.
 """
 
 from __future__ import annotations

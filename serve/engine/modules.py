@@ -193,12 +193,6 @@ def install(model: Any, *, packs: bool) -> int:
     if rows:
         for name, module in _lone_linears(model):
             _replace(model, name, PackedLinear(module, rows))
-    if packs:
-        # Numba and ONNX Runtime are loaded only where they are used.
-        from serve.engine import decoder
-
-        if decoder.fits(model):
-            model.forward = decoder.Decoder(model).forward
     return rows
 
 

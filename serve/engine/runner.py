@@ -207,6 +207,12 @@ def create_runner(
     length that the cache can hold."""
     if device.type == "cpu" and config.fast_layers:
         modules.install(model, packs=config.packs_weights)
+        if config.packs_weights:
+            # Numba and ONNX Runtime are loaded only where they are used.
+            from serve.engine import decoder
+
+            if decoder.fits(model):
+                model.forward = decoder.Decoder(model).forward
     config = fitted(config, device)
     shapes = probe(model, device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
