@@ -52,7 +52,8 @@ class Layout:
     """One step's packing: sequence i brings `counts[i]` new tokens from position `starts[i]`.
 
     `shifts`, where given, is how far each sequence's rotary positions are off its cache's: pictures
-    take fewer positions than tokens on several axes.
+    take fewer positions than tokens on several axes. `is_exact`: a sequence's draws are to be the
+    same in any batch, so its rows must not be rounded by what stands beside them.
     """
 
     starts: list[int]
@@ -62,6 +63,7 @@ class Layout:
     decodes: int
     total: int = field(init=False)
     shifts: Sequence[int] = ()
+    is_exact: bool = False
 
     def __post_init__(self) -> None:
         self.total = sum(self.counts)
@@ -101,6 +103,7 @@ class Layout:
             block_size=self.block_size,
             decodes=max(0, self.decodes - sequences),
             shifts=self.shifts[sequences:],
+            is_exact=self.is_exact,
         )
 
     def slots(self, group: int) -> npt.NDArray[np.int64]:

@@ -4,7 +4,9 @@ A row of a decode step is one sequence's next id, and rows do not meet but in th
 are dealt to as many threads as there are cores, and each thread takes its rows through all layers
 alone: per layer one compiled attention call and one ONNX Runtime call. No
 thread waits for another before the step's end. Prompts go through the stock model as before; both
-share the cache. Stands in for the model's forward (runner.py puts it there); knows no requests.
+share the cache. Inputs in 8 bits enlarge the last bit's differences between batches until draws
+differ, so a step with a seeded request runs the stock model too. Stands in for the model's forward
+(runner.py puts it there); knows no requests.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Decoder:
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
             return self._stock(*args, **kwargs)
         count = backend.layout.decodes
-        if not count:
+        if not count or backend.layout.is_exact:
             return self._stock(**kwargs)
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
         keep: Tensor = kwargs["logits_to_keep"]

@@ -89,6 +89,12 @@ class Request:
         return self.generation.tenant
 
     @property
+    def is_seeded(self) -> bool:
+        """Whether its draws are to be the same in any batch."""
+        sampling = self.generation.sampling
+        return sampling.seed is not None and sampling.temperature > 0
+
+    @property
     def prompt_length(self) -> int:
         return len(self.generation.prompt.ids)
 
