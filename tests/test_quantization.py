@@ -263,7 +263,10 @@ def test_bnb4_on_the_cpu_answers_as_its_dequantized_weights(tmp_path: Path) -> N
         if isinstance(module, bnb.nn.Linear4bit):
             meant = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             plain.model.get_submodule(name).weight.data = meant.float()
-    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-3, rtol=1e-3)
+    found, exact = logits(packed), logits(plain)
+    # Where the processor multiplies bfloat16, bitsandbytes' product does so too.
+    bound = 2e-2 if bnb.functional.has_avx512bf16() else 1e-3
+    assert (found - exact).norm() < bound * exact.norm()
 
 
 @pytest.mark.parametrize(
