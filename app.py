@@ -223,6 +223,7 @@ def assemble(loaded: LoadedModel, settings: Settings, cache_gb: float | None = N
         config=EngineConfig(
             kv_cache_gb=settings.kv_cache_gb or cache_gb,
             packs_weights=settings.quant_type in ("auto", "int8"),
+            dense_bits=int(settings.dense_bits),
         ),
     )
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])

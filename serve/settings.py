@@ -19,6 +19,7 @@ KeyDisplay = Literal["auto", "owner", "guest", "off"]
 HubOrder = Literal["auto", "modelscope,huggingface", "huggingface,modelscope"]
 ModelSwitch = Literal["off", "owner", "all"]
 ImageFallback = Literal["refuse", "drop"]
+DenseBits = Literal["16", "8"]
 
 PLATFORM_DIR = Path("/home/xlab-app-center")
 RUNTIME_FOLDER = "gpt_oss_app_runtime"
@@ -177,6 +178,12 @@ class Settings:
         _one_of(QuantType),
         "auto",
         "how weights are held: " + " | ".join(get_args(QuantType)),
+    )
+    dense_bits: DenseBits = _variable(
+        "DENSE_BITS",
+        _one_of(DenseBits),
+        "16",
+        "bits of gpt-oss's attention and vocabulary weights on a GPU: 16 (as stored) | 8 (faster)",
     )
     model_switch: ModelSwitch = _variable(
         "MODEL_SWITCH",

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 
 from serve.engine.attention import Call
 from serve.engine.attention import reference as attention_reference
-from serve.engine.kernels import attention, experts, fused, mxfp4, w4
+from serve.engine.kernels import attention, experts, fused, mxfp4, w4, w8
 from serve.engine.kernels.draws import draw, follow
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
-from tests.test_kernels_checkpoint import save, tiny
+from tests.test_mxfp4_loading import load, save, tiny
 
 BOUND = 1e-5
 CPU = torch.device("cpu")
@@ -370,18 +370,44 @@ def test_four_bit_layers_compute_what_their_formats_mean(
     assert error(w4.w4_linear(x[None], held, bias), wanted[None]) < BOUND
 
 
+# -- 8-bit matrices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [fused.Cut(32, 16, 3, 2, 4), fused.Cut(64, 64, 1, 3, 4)])
+def test_a_product_with_8_bit_rows_is_that_of_the_numbers_they_hold(cut: fused.Cut) -> None:
+    x, weight = torch.randn(5, 200), torch.randn(70, 200) * torch.rand(70, 1)
+    weight[3], weight[4, 7] = 0, -9
+    held = w8.hold(weight)
+    rounded = held.dequantized(torch.float64)
+    assert (rounded - weight).abs().max(1).values.le(weight.abs().amax(1) / 254 * 1.0001).all()
+    out = poisoned(cut.splits, 5, 70)
+    w8.project(x, held, out, cut)
+    assert error(out.sum(0), x.double() @ rounded.T) < BOUND
+
+
+def test_8_bit_rows_hold_every_number_and_a_layer_of_them_stands_in_for_the_stock_one() -> None:
+    whole = torch.stack((torch.arange(-127, 129), torch.arange(128, -128, -1))).float()
+    whole[whole == 128] = 127
+    held = w8.hold(whole)
+    assert torch.equal(held.dequantized(torch.float32), whole)
+    x, bias = torch.randn(2, 3, 256), torch.randn(2)
+    made = w8.Linear8Rows(held, bias)(x)
+    assert torch.equal(made, torch.nn.functional.linear(x, whole, bias))
+
+
 # -- the whole model -------------------------------------------------------------------------------
 
 
-def test_fused_gpt_oss_gives_the_stock_models_logits(tmp_path: Path) -> None:
-    from serve.engine.kernels.checkpoint import load_gpt_oss_mxfp4
-
+@pytest.mark.parametrize("dense_bits", [16, 8])
+def test_fused_gpt_oss_gives_the_stock_models_logits(dense_bits: int, tmp_path: Path) -> None:
     stock = tiny()
     save(stock, tmp_path)
     ids = torch.randint(0, 97, (15,))
+    loaded = load(tmp_path)
+    if dense_bits == 8:
+        assert w8.hold_dense(stock) == w8.hold_dense(loaded) > 0
     with torch.no_grad():
         exact = stock(ids[None]).logits[0]
-    loaded = load_gpt_oss_mxfp4(tmp_path, CPU, dtype=torch.float32)
     pools = [{i: torch.zeros(40, 4, 2, 16) for i in range(2)} for _ in range(2)]
     fast = FusedGptOss(loaded, pools[0], pools[1], {0: 0, 1: 1}, 64)
     tables = [torch.randperm(40).int()[:12] for _ in range(2)]

@@ -71,6 +71,8 @@ def test_gpt_oss_20b_is_known_to_have_its_parameters() -> None:
 def test_gpt_oss_20b_stays_in_4_bits_on_a_16_gb_gpu() -> None:
     chosen = planned(GPT_OSS_20B, on("cuda", 16))
     assert chosen.method == "mxfp4" and 13.5 * GB < chosen.bytes_needed < 16 * GB
+    assert chosen.dtype == "bfloat16"
+    assert planned(GPT_OSS_20B, on("cuda", 16, has_bf16=False)).dtype == "float16"
 
 
 @pytest.mark.parametrize("free", [2, 8, 14])

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import made, others, serving
 from bench.gpu.timing import copy_terabytes, graph_microseconds
+from serve.engine.kernels import w8
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 
 SIZE = 32
@@ -160,6 +161,18 @@ def steps(model: Any) -> None:
             torch.cuda.empty_cache()
 
 
+def eight(model: Any) -> None:
+    """Attention and vocabulary in 8 bits: what changes in the logits, in steps and in memory. The
+    model stays so: the last part, but for those that are to be measured so."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 2000), device=DEVICE)
+    before = fused_logits(model, ids)
+    print(f"held in 8 bits: {w8.hold_dense(model) / 1e9:.2f} GB less")
+    torch.cuda.empty_cache()
+    compare("in 8 bits, to as stored", fused_logits(model, ids), before)
+    steps(model)
+    prompts(model)
+
+
 def prompts(model: Any) -> None:
     """8 prompts of 4,096 tokens, in chunks."""
     cached = Cached(model, 8, 4096)
@@ -216,6 +229,8 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "w4": others.w4_layers,
     "stock": others.stock,
     "profile": profile,
+    "rates": serving.rates,
+    "eight": eight,
 }
 
 
@@ -225,7 +240,7 @@ def main() -> None:
     model = made.model(DEVICE)
     held = torch.cuda.memory_allocated() / 2**30
     print(f"made in {time.perf_counter() - begin:.1f} s, {held:.2f} GiB", flush=True)
-    for name in sys.argv[1:] or PARTS:
+    for name in sys.argv[1:] or (part for part in PARTS if part != "rates"):
         try:
             PARTS[name](model)
         except Exception as error:  # one part's fault leaves the others their turn

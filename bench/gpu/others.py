@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -49,49 +51,65 @@ def stock(model: Any) -> None:
 
 
 def load(model: Any) -> None:
-    """Write the model as a published checkpoint, load it back, and check that it is the same."""
-    from safetensors.torch import save_file
-
-    from serve.engine.kernels.checkpoint import load_gpt_oss_mxfp4, resident_bytes
+    """Write the model as a published checkpoint, load it as the app does, and check that it is the
+    same."""
+    from serve.quantization.folder import load_weights, read_config, read_weights
+    from serve.quantization.plan import Plan
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        config = model.config.to_dict()
-        config["quantization_config"] = {"quant_method": "mxfp4"}
-        type(model.config).from_dict(config).save_pretrained(folder)
-        weight_map: dict[str, str] = {}
-        for number, layer in enumerate(model.model.layers):
-            tensors = {}
-            for name, held in (
-                ("gate_up_proj", layer.mlp.experts.gate_up),
-                ("down_proj", layer.mlp.experts.down),
-            ):
-                groups = held.columns // 32
-                prefix = f"model.layers.{number}.mlp.experts.{name}"
-                blocks = held.words.view(torch.uint8).unflatten(-1, (groups, 16))
-                tensors[f"{prefix}_blocks"] = blocks.cpu()
-                tensors[f"{prefix}_scales"] = held.scales[..., :groups].contiguous().cpu()
-                tensors[f"{prefix}_bias"] = held.bias.cpu()
-            file = f"layer{number:02}.safetensors"
-            save_file(tensors, folder / file)
-            weight_map |= dict.fromkeys(tensors, file)
-        rest = {n: p.data.contiguous().cpu() for n, p in model.named_parameters()}
-        save_file(rest, folder / "rest.safetensors")
-        weight_map |= dict.fromkeys(rest, "rest.safetensors")
-        import json
-
-        index = json.dumps({"weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(index)
+        write(model, folder)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        memory = psutil.Process().memory_info()
         begin = time.perf_counter()
-        again = load_gpt_oss_mxfp4(folder, DEVICE)
+        size = read_weights(folder).stored_bytes
+        again = load_weights(
+            folder, read_config(folder), Plan("mxfp4", "bfloat16", size), "cuda", vision=False
+        )
         torch.cuda.synchronize()
         taken = time.perf_counter() - begin
+        peak = (torch.cuda.max_memory_allocated() - held) / 2**30
+        after = psutil.Process().memory_info()
+        own = (after.rss - after.shared - memory.rss + memory.shared) / 2**30
         same = all(
             torch.equal(a.data, b.data)
             for a, b in zip(model.parameters(), again.parameters(), strict=True)
         ) and all(torch.equal(a, b) for a, b in zip(model.buffers(), again.buffers(), strict=True))
-        size = resident_bytes(folder) / 2**30
-        print(f"loaded {size:.2f} GiB from a warm folder in {taken:.1f} s, the same: {same}")
+        print(
+            f"loaded {size / 2**30:.2f} GiB from a warm folder in {taken:.1f} s, the same: {same}; "
+            f"peak {peak:.2f} GiB on the GPU, the process's own memory grew by {own:.2f} GiB"
+        )
+
+
+def write(model: Any, folder: Path) -> None:
+    """The published layout: a file a layer's experts, one for the rest, and the index."""
+    from safetensors.torch import save_file
+
+    config = model.config.to_dict()
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    weight_map: dict[str, str] = {}
+    for number, layer in enumerate(model.model.layers):
+        tensors = {}
+        for name, held in (
+            ("gate_up_proj", layer.mlp.experts.gate_up),
+            ("down_proj", layer.mlp.experts.down),
+        ):
+            groups = held.columns // 32
+            prefix = f"model.layers.{number}.mlp.experts.{name}"
+            blocks = held.words.view(torch.uint8).unflatten(-1, (groups, 16))
+            tensors[f"{prefix}_blocks"] = blocks.cpu()
+            tensors[f"{prefix}_scales"] = held.scales[..., :groups].contiguous().cpu()
+            tensors[f"{prefix}_bias"] = held.bias.cpu()
+        file = f"layer{number:02}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    rest = {n: p.data.contiguous().cpu() for n, p in model.named_parameters()}
+    save_file(rest, folder / "rest.safetensors", {"format": "pt"})
+    weight_map |= dict.fromkeys(rest, "rest.safetensors")
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
 
 
 def dense(_: Any) -> None:

@@ -28,6 +28,18 @@ class Served:
     ids: list[list[int]]
 
 
+def rates(model: Any) -> None:
+    """So many requests at once, 128 tokens in, 256 out, every count twice on other prompts."""
+    config = EngineConfig(max_running=128, kv_cache_gb=8.0, prefill_chunk=2048)
+    made = create_engine(model, eos_ids=[0], context_length=8192, device=DEVICE, config=config)
+    serve(made, [8] * 8, 1.0, 0, "warm")
+    for go in (1, 2):
+        for streams in (64, 128, 1, 8, 32):
+            rate = serve(made, [256] * streams, 1.0, random.randrange(10**6), str(go)).rate
+            print(f"engine {streams:4} streams, go {go}: {rate:8.0f} tok/s", flush=True)
+    made.close()
+
+
 def engine(model: Any) -> None:
     """So many requests at once, 128 tokens in, 256 out: each count a step ahead and waiting, on the
     same prompts, whose ids must be the same. Then lengths that differ, greedy. Then over HTTP."""
@@ -97,17 +109,25 @@ def serve(
     return Served(sum(map(len, ids)) / taken, firsts[len(firsts) // 2], ids)
 
 
-def memory(model: Any) -> None:
-    """Peak memory of the engine serving 8 sequences of 8,192 tokens at once, as on a 16 GB card."""
+def memory(model: Any, gib: float = 16.0) -> None:
+    """As on a card of so many GiB: the rest of this one is taken away first, the driver's share
+    included. Then 8 sequences of 8,156 tokens at once, with everything sized by the engine."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    ballast = torch.empty(total - int(gib * 2**30), dtype=torch.uint8, device=DEVICE)
+    begin, left = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     torch.cuda.reset_peak_memory_stats()
-    config = EngineConfig(max_running=8, kv_cache_gb=1.75, prefill_chunk=1024)
-    made = create_engine(model, eos_ids=[0], context_length=8192, device=DEVICE, config=config)
+    made = create_engine(
+        model, eos_ids=[0], context_length=8192, device=DEVICE, config=EngineConfig()
+    )
     found = serve(made, [256] * 8, 1.0, 0, "", prompt=7900)
-    stats = made.stats()
+    stats, config = made.stats(), made._config
     made.close()
+    peak = (torch.cuda.max_memory_allocated() - ballast.nbytes) / 2**30
     print(
-        f"8 sequences of 8,156 tokens, {found.rate:.0f} tok/s over all, {stats.preemptions} "
-        f"preempted: peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
-        f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved",
+        f"as on {gib} GiB ({left / 2**30:.2f} free beside {(begin - ballast.nbytes) / 2**30:.2f} "
+        f"of weights): steps of {config.prefill_chunk}, context {made.context_length}; 8 sequences "
+        f"of 8,156 tokens, {found.rate:.0f} tok/s over all, {stats.preemptions} preempted: peak "
+        f"{peak:.2f} GiB allocated, {torch.cuda.mem_get_info()[0] / 2**30:.2f} GiB never touched",
         flush=True,
     )

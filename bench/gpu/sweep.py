@@ -1,6 +1,6 @@
 """Which cut of each kernel is fastest: times candidates, and checks each against float64.
 
-    python bench/gpu/sweep.py [gate_up|down|project|attention|prefill ...]
+    python bench/gpu/sweep.py [gate_up|down|project|project8|attention|prefill ...]
 
 Candidates compile in parallel processes first (Triton's cache on disk then serves this one). The
 winners are written by hand into experts.gate_up_tile, experts.down_tile and gpt_oss.py; README.md
@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu.timing import copy_terabytes, graph_microseconds, relative_error
-from serve.engine.kernels import attention, experts, fused
+from serve.engine.kernels import attention, experts, fused, w8
 
 E, HIDDEN, MIDDLE, TOP_K = 32, 2880, 2880, 4
 LAYERS = 4
@@ -50,12 +50,21 @@ WIDE = [
     (64, 128, 64, 2, 4),
     (64, 256, 32, 2, 4),
     (64, 128, 32, 3, 4),
+    (128, 128, 32, 2, 8),
+    (64, 128, 32, 2, 4),
+    (128, 64, 32, 2, 8),
+    (128, 64, 32, 3, 4),
 ]
 CUTS = [
     (32, 128, 1, 4, 4), (32, 128, 2, 4, 4), (32, 128, 4, 4, 4), (32, 256, 2, 3, 4),
     (64, 128, 1, 4, 4), (64, 128, 2, 4, 4), (64, 128, 4, 4, 4), (64, 64, 4, 5, 4),
     (16, 256, 1, 4, 4), (16, 256, 2, 4, 2), (128, 64, 4, 4, 4), (128, 128, 1, 3, 8),
     (16, 512, 1, 3, 4), (32, 256, 1, 4, 4),
+]  # fmt: skip
+CUTS8 = [
+    (64, 64, 1, 4, 4), (64, 64, 2, 4, 4), (64, 64, 4, 4, 4), (64, 128, 1, 3, 4),
+    (64, 128, 2, 3, 4), (64, 128, 4, 3, 4), (64, 32, 4, 5, 4), (64, 64, 8, 4, 4),
+    (128, 64, 1, 3, 8), (128, 64, 2, 3, 8), (64, 256, 1, 2, 4), (64, 256, 2, 2, 4),
 ]  # fmt: skip
 DENSE = {"qkv": (5120, 2880), "o": (2880, 4096), "head": (201088, 2880)}
 
@@ -176,6 +185,39 @@ def sweep_project(sizes: tuple[int, ...] = (1, 8, 32, 64, 128)) -> Iterator[str]
                 rate = rows * columns * 2 / taken / 1e6
                 yield (
                     f"{name:5} T={tokens:4} {taken:8.1f} us {rate:5.2f} TB/s err {error:.1e} {cut}"
+                )
+
+
+def sweep_project8(sizes: tuple[int, ...] = (1, 8, 32, 64, 128)) -> Iterator[str]:
+    """Matrices in 8 bits, beside the library's product with them in bf16."""
+    torch.manual_seed(0)
+    for name, (rows, columns) in DENSE.items():
+        stored = [half(torch.randn(rows, columns)) for _ in range(1 if name == "head" else 8)]
+        held = [w8.hold(matrix) for matrix in stored]
+        for tokens in sizes:
+            x = half(torch.randn(tokens, columns))
+            few = 4096  # rows that are compared; all of them in float64 are too large for the head
+            exact = x.double() @ held[0].rows_of(0, few).dequantized(torch.float64).T
+            plain = [lambda w=w: torch.nn.functional.linear(x, w) for w in stored]  # type: ignore[misc]
+            again = 1 if name == "head" else 4
+            found: list[tuple[float, float, object]] = [
+                (graph_microseconds(plain * again), 0.0, "cuBLAS in bf16")
+            ]
+            for numbers in CUTS8:
+                cut = fused.Cut(*numbers)
+                if name == "head" and cut.splits > 1:
+                    continue
+                out = torch.full((cut.splits, tokens, rows), float("nan"), device=DEVICE)
+                if not fits(lambda: w8.project(x, held[0], out, cut)):
+                    continue
+                error = relative_error(out.sum(0)[:, :few], exact[:, :rows])
+                calls = [lambda w=w: w8.project(x, w, out, cut) for w in held]  # type: ignore[misc]
+                found.append((graph_microseconds(calls * again), error, cut))
+            for taken, error, cut in sorted(found, key=lambda f: f[0])[:4] + found[:1]:
+                rate = rows * columns / taken / 1e6
+                yield (
+                    f"{name:5} 8-bit T={tokens:4} {taken:8.1f} us {rate:5.2f} TB/s "
+                    f"err {error:.1e} {cut}"
                 )
 
 
@@ -307,6 +349,7 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "gate_up": lambda: sweep_experts("gate_up", SKINNY, (1, 8, 32, 64, 128)),
     "down": lambda: sweep_experts("down", SKINNY, (1, 8, 32, 64, 128)),
     "project": sweep_project,
+    "project8": sweep_project8,
     "attention": sweep_attention,
     "prefill_attention": sweep_prefill_attention,
     "prefill_gate_up": lambda: sweep_experts("gate_up", WIDE, (1024, 4096, 8192)),
@@ -326,11 +369,17 @@ def compile_share(share: list[tuple[str, tuple[int, ...]]]) -> None:
             x = half(torch.randn(1 if kind == "gate_up" else TOP_K, HIDDEN))
             fits(expert_call(kind, experts.Tile(*numbers), held, r, x)[0])
         else:
-            rows, columns = DENSE[kind]
+            rows, columns = DENSE[kind.removesuffix(" 8")]
             tokens, cut = numbers[0], fused.Cut(*numbers[1:])
-            x, w = half(torch.randn(tokens, columns)), half(torch.randn(rows, columns))
+            x = half(torch.randn(tokens, columns))
             out = torch.empty((cut.splits, tokens, rows), device=DEVICE)
-            fits(lambda: fused.project(x, w, out, cut))
+            if kind.endswith(" 8"):
+                words = torch.zeros((rows, columns // 2), dtype=torch.int16, device=DEVICE)
+                matrix = w8.W8(words, torch.zeros(rows, device=DEVICE))
+                fits(lambda: w8.project(x, matrix, out, cut))
+            else:
+                w = half(torch.randn(rows, columns))
+                fits(lambda: fused.project(x, w, out, cut))
     torch.cuda.synchronize()
 
 
@@ -344,6 +393,8 @@ def compile_all(names: list[str], processes: int = 14) -> None:
             jobs += [(kind, (*t, 1)) for t in WIDE]
     for tokens in (1, 32, 64, 128) if "project" in names else ():
         jobs += [(n, (tokens, *c)) for n in DENSE for c in CUTS if n != "head" or c[2] == 1]
+    for tokens in (1, 32, 64, 128) if "project8" in names else ():
+        jobs += [(f"{n} 8", (tokens, *c)) for n in DENSE for c in CUTS8 if n != "head" or c[2] == 1]
     context = multiprocessing.get_context("spawn")
     shares = [jobs[i::processes] for i in range(processes)]
     running = [context.Process(target=compile_share, args=(share,)) for share in shares]

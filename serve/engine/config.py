@@ -23,6 +23,7 @@ class EngineConfig:
     ever) a place in it. `kv_cache_gb` None sizes the cache from free memory. `packs_weights` lets a
     CPU hold linear layers a second time as fp16; `fast_layers` off runs stock layers only.
     `runs_ahead`: a GPU computes its next step while the host reads the last one's ids.
+    `dense_bits` 8 rounds gpt-oss's attention and vocabulary weights on a GPU (kernels/w8.py).
     """
 
     max_running: int = 0
@@ -35,6 +36,7 @@ class EngineConfig:
     packs_weights: bool = False
     fast_layers: bool = True
     runs_ahead: bool = True
+    dense_bits: int = 16
     queue_timeout: float | None = 300.0
 
     def for_device(self, device_type: str, free_gb: float = 0.0) -> EngineConfig:

@@ -314,6 +314,12 @@ def _outcomes(ids: list[int]) -> list[Draw]:
     return [Draw(i) if i >= 0 else Draw(problem=unsound) for i in ids]
 
 
+def is_fused(model: Any) -> bool:
+    """Whether FusedGptOss computes this model: gpt-oss with MXFP4 experts."""
+    layers: Any = getattr(getattr(model, "model", None), "layers", ())
+    return bool(layers) and isinstance(getattr(layers[0].mlp, "experts", None), Mxfp4Experts)
+
+
 def create_steps(
     model: Any,
     shapes: Sequence[LayerShape],
@@ -326,8 +332,7 @@ def create_steps(
     """The backend for `model`, and its steps, compiled and captured. attention_gpu.supports must
     have said yes."""
     backend = KernelBackend(shapes, groups, config.block_size, dtype, device)
-    layers = getattr(getattr(model, "model", None), "layers", ())
-    if layers and isinstance(getattr(layers[0].mlp, "experts", None), Mxfp4Experts):
+    if is_fused(model):
         fast = FusedGptOss(model, backend.keys, backend.values, backend.group_of, context_length)
         step: Step = fast.forward
     else:

@@ -7,6 +7,7 @@ engine.py on its thread.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,12 @@ from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.sampling import Draw
 from serve.engine.scheduler import Chunk
-from serve.engine.sizing import size_cache
+from serve.engine.sizing import LayerShape, size_cache
 
 if TYPE_CHECKING:
     from serve.engine.gpu import GpuSteps
+
+log = logging.getLogger(__name__)
 
 # Forward's arguments for one step from (model, chunks, ids [1, T], positions [1, T]). A model that
 # sees replaces ids by embeddings here, and positions by its own, for the chunks whose prompt has
@@ -215,6 +218,9 @@ def create_runner(
                 model.forward = decoder.Decoder(model).forward
     config = fitted(config, device)
     shapes = probe(model, device)
+    has_kernels = device.type == "cuda" and _fits_kernels(model, shapes, device)
+    if config.dense_bits == 8:
+        _hold_dense_in_8_bits(model, has_kernels)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     size = size_cache(
         shapes,
@@ -226,20 +232,35 @@ def create_runner(
         chunk=config.prefill_chunk,
     )
     cache = KVCache(size.groups, config.block_size, size.context_length + 1)
-    if device.type == "cuda":
-        # These need Triton, which comes with torch for CUDA only.
-        from serve.engine import attention_gpu, gpu
+    if has_kernels:
+        from serve.engine import gpu
 
-        if attention_gpu.supports(shapes, model.config, device):
-            backend, steps = gpu.create_steps(
-                model, shapes, size.groups, config, size.context_length, dtype, device
-            )
-            runner = Runner(model, backend, config.block_size, device, inputs, steps, shifts)
-            return runner, cache, size.context_length
+        backend, steps = gpu.create_steps(
+            model, shapes, size.groups, config, size.context_length, dtype, device
+        )
+        runner = Runner(model, backend, config.block_size, device, inputs, steps, shifts)
+        return runner, cache, size.context_length
     make = CpuBackend if device.type == "cpu" else TorchBackend
     plain = make(shapes, size.groups, config.block_size, dtype, device)
     runner = Runner(model, plain, config.block_size, device, inputs, shifts=shifts)
     return runner, cache, size.context_length
+
+
+def _fits_kernels(model: Any, shapes: Sequence[LayerShape], device: torch.device) -> bool:
+    from serve.engine import attention_gpu  # needs Triton, which comes with torch for CUDA only
+
+    return attention_gpu.supports(shapes, model.config, device)
+
+
+def _hold_dense_in_8_bits(model: Any, has_kernels: bool) -> None:
+    if has_kernels:
+        from serve.engine import gpu
+        from serve.engine.kernels import w8
+    if not has_kernels or not gpu.is_fused(model):
+        log.warning("DENSE_BITS=8 has no effect: it is for gpt-oss in MXFP4 on a GPU.")
+        return
+    freed = w8.hold_dense(model)
+    log.info("Attention and vocabulary weights are held in 8 bits: %.2f GB less.", freed / 1e9)
 
 
 def _budget_bytes(

@@ -260,7 +260,7 @@ def _foreign_packing(weights: Weights, method: str) -> str:
 
 def _mxfp4(weights: Weights, wanted: QuantType, machine: Machine, can_hold: bool) -> Plan:
     parameters = weights.parameters()
-    dtype: DType = "float32" if machine.device == "cpu" else "bfloat16"
+    dtype = _compute_dtype(machine)
     unpacked = _with_room(parameters * BYTES[dtype], machine)
     packed = _with_room(weights.stored_bytes * 1.02, machine)
     if wanted == "full":
@@ -276,7 +276,7 @@ def _mxfp4(weights: Weights, wanted: QuantType, machine: Machine, can_hold: bool
                 "Set QUANT_TYPE=full to unpack them.",
             )
         _must_fit(packed, machine, "in MXFP4")
-        return Plan("mxfp4", "bfloat16" if machine.device == "cuda" else "float32", packed)
+        return Plan("mxfp4", dtype, packed)
     if unpacked <= machine.free_bytes:
         note = f"MXFP4 unpacked to {dtype} ({unpacked / 1e9:.1f} GB): no 4-bit experts here"
         return Plan("full", dtype, unpacked, (note,))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from serve.engine.kernels import attention, fused
+from serve.engine.kernels import attention, fused, w8
 from serve.engine.kernels.experts import (
     Mxfp4Experts,
     Routing,
@@ -27,9 +27,27 @@ from serve.engine.kernels.experts import (
     gate_up_tile,
     quarter,
 )
+from serve.engine.kernels.w8 import W8, Linear8Rows
 
 FEW = 32
 """Up to so many tokens our own matrix products read weights faster than cuBLAS."""
+
+Matrix = Tensor | W8
+"""[rows, columns] as stored, or rounded to 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """How a product with one of the model's matrices is cut (bench/gpu/README.md): of the matrix
+    as stored, and in 8 bits, where columns come two a word."""
+
+    stored: fused.Cut
+    rounded: fused.Cut
+
+
+QKV = Cuts(fused.Cut(64, 128, 2, 4, 4), fused.Cut(64, 64, 2, 4, 4))
+OUTPUT = Cuts(fused.Cut(64, 64, 4, 5, 4), fused.Cut(64, 64, 4, 4, 4))
+HEAD = Cuts(fused.Cut(64, 128, 1, 4, 4), fused.Cut(64, 64, 1, 4, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +75,9 @@ class Layer:
     """One decoder layer's weights, and where its cache is."""
 
     norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor
-    output: Tensor
+    output: Matrix
     output_bias: Tensor
     rule: attention.Rule
     group: int
@@ -96,10 +114,10 @@ class FusedGptOss:
         self.experts = config.num_local_experts
         self.eps = config.rms_norm_eps
         self.embedding = inner.embed_tokens.weight
-        self.head = model.lm_head.weight
+        self.head = _matrix(model.lm_head)
         self.norm = inner.norm.weight
-        self.dtype = self.head.dtype
-        self.device = self.head.device
+        self.dtype = self.embedding.dtype
+        self.device = self.embedding.device
         positions = torch.arange(context_length + 1, device=self.device)[None]
         turns = inner.rotary_emb(torch.zeros((), device=self.device), positions)
         self.turns = torch.cat(turns, -1)[0].float().contiguous()
@@ -130,7 +148,7 @@ class FusedGptOss:
         tokens = x.shape[0]
         query = torch.empty((tokens, self.heads, self.dim), dtype=self.dtype, device=x.device)
         fused.rotate_and_store(
-            self._project(x, layer.qkv, layer.qkv_bias, fused.Cut(64, 128, 2, 4, 4)),
+            self._project(x, layer.qkv, layer.qkv_bias, QKV),
             self.turns, batch.positions, batch.slots[layer.group], query, layer.keys, layer.values,
         )  # fmt: skip
         out = torch.empty_like(query)
@@ -149,8 +167,7 @@ class FusedGptOss:
                 query, layer.keys, layer.values, table[n:], batch.query_start[n:],
                 batch.lengths[n:], layer.rule, out, batch.longest,
             )  # fmt: skip
-        cut = fused.Cut(64, 64, 4, 5, 4)
-        return self._project(out.flatten(1), layer.output, layer.output_bias, cut)
+        return self._project(out.flatten(1), layer.output, layer.output_bias, OUTPUT)
 
     def _normalize_and_route(
         self,
@@ -184,35 +201,52 @@ class FusedGptOss:
         down_product(made, held.down, routing, out, tile)
         return fused.Parts(out, self.top_k)
 
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor, cut: fused.Cut) -> fused.Parts:
-        if x.shape[0] > FEW:
-            return fused.Parts(functional.linear(x, weight, bias)[None])
-        out = torch.empty(
-            (cut.splits, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device
-        )
-        fused.project(x, weight, out, cut)
-        return fused.Parts(out, 1, bias)
+    def _project(self, x: Tensor, weight: Matrix, bias: Tensor, cuts: Cuts) -> fused.Parts:
+        if not is_few(x, weight):
+            return fused.Parts(functional.linear(x, _wide(weight, x), bias)[None])
+        return fused.Parts(_product(x, weight, cuts), 1, bias)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if not x.shape[0] or x.shape[0] > FEW:
-            return functional.linear(x, self.head)
-        out = torch.empty((1, x.shape[0], self.head.shape[0]), dtype=torch.float32, device=x.device)
-        fused.project(x, self.head, out, fused.Cut(64, 128, 1, 4, 4))
-        return out[0]
+        if not x.shape[0] or not is_few(x, self.head):
+            return functional.linear(x, _wide(self.head, x))
+        return _product(x, self.head, HEAD)[0]
+
+
+def is_few(x: Tensor, weight: Matrix) -> bool:
+    """Whether our own product is the fastest for so many tokens."""
+    return x.shape[0] <= (w8.FEW if isinstance(weight, W8) else FEW)
+
+
+def _product(x: Tensor, weight: Matrix, cuts: Cuts) -> Tensor:
+    """float32 [splits, tokens, rows]"""
+
+    def room(rows: int, cut: fused.Cut) -> Tensor:
+        shape = (cut.splits, x.shape[0], rows)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    if isinstance(weight, W8):
+        out = room(weight.rows, cuts.rounded)
+        w8.project(x, weight, out, cuts.rounded)
+    else:
+        out = room(weight.shape[0], cuts.stored)
+        fused.project(x, weight, out, cuts.stored)
+    return out
+
+
+def _wide(weight: Matrix, x: Tensor) -> Tensor:
+    return w8.widen(weight, x.dtype) if isinstance(weight, W8) else weight
 
 
 def _layer(layer: Any, keys: Tensor, values: Tensor, group: int) -> Layer:
     """Joins queries, keys and values; the stock layer's own weights become views of the joined."""
     heads = layer.self_attn
-    qkv, qkv_bias = (
-        _join([heads.q_proj, heads.k_proj, heads.v_proj], name) for name in ("weight", "bias")
-    )
+    three = [heads.q_proj, heads.k_proj, heads.v_proj]
     router = layer.mlp.router
     return Layer(
         norm=layer.input_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        output=heads.o_proj.weight,
+        qkv=_join8(three) if isinstance(three[0], Linear8Rows) else _join(three, "weight"),
+        qkv_bias=_join(three, "bias"),
+        output=_matrix(heads.o_proj),
         output_bias=heads.o_proj.bias,
         rule=attention.Rule(heads.scaling, heads.sliding_window, heads.sinks),
         group=group,
@@ -226,7 +260,23 @@ def _layer(layer: Any, keys: Tensor, values: Tensor, group: int) -> Layer:
     )
 
 
-def _join(modules: list[nn.Linear], name: str) -> Tensor:
+def _matrix(linear: Any) -> Matrix:
+    held: Matrix = linear.held if isinstance(linear, Linear8Rows) else linear.weight
+    return held
+
+
+def _join8(modules: list[Linear8Rows]) -> W8:
+    """As `_join`, of matrices in 8 bits."""
+    held = [module.held for module in modules]
+    joined = W8(torch.cat([w.words for w in held]), torch.cat([w.scales for w in held]))
+    start = 0
+    for module in modules:
+        module.held = joined.rows_of(start, start + module.held.rows)
+        start += module.held.rows
+    return joined
+
+
+def _join(modules: list[Any], name: str) -> Tensor:
     """One tensor of all; each module keeps a view of its share."""
     joined = torch.cat([getattr(module, name).data for module in modules])
     start = 0
