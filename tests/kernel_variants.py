@@ -107,7 +107,7 @@ def layouts(seed: int) -> Iterator[Layout]:
 def missing(family: str) -> set[tuple[Any, ...]]:
     steps = steps_of(family)
     with recording() as launches, torch.inference_mode():
-        steps.warm(CHUNK + RUNNING)
+        steps.warm(CHUNK + RUNNING, CONTEXT)
         for size in steps._sizes:
             steps._compute(size)
         known = {key(launch) for launch in launches}

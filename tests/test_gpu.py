@@ -7,14 +7,17 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from serve.engine import gpu, sampling
 from serve.engine.config import EngineConfig
+from serve.engine.kernels.gpt_oss import Batch
 from serve.values import Sampling
 
 
@@ -48,3 +51,29 @@ def test_a_gpu_with_room_takes_larger_steps_and_what_is_set_stays() -> None:
     assert (roomy.max_running, roomy.prefill_chunk) == (128, 2048)
     assert EngineConfig().for_device("cpu").prefill_chunk == 128
     assert EngineConfig(max_running=3, prefill_chunk=7).for_device("cuda", 60.0).max_running == 3
+
+
+@pytest.mark.parametrize("context", [8, 33, 4096])
+def test_compiling_at_start_stays_within_a_short_context(
+    context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    steps, seen = make_steps(context)
+    steps.warm(150, context)
+    assert {batch.ids.shape[0] for batch in seen} == {2, 5, 17, 33, 65, 129, 150}
+    for batch in seen:
+        assert batch.positions.max() < context and batch.longest <= context
+        assert batch.lengths.sum() == batch.ids.shape[0] == batch.query_start[-1]
+        assert all(batch.lengths.max() <= table.shape[1] * 4 for table in batch.tables)
+
+
+def make_steps(context: int) -> tuple[gpu.GpuSteps, list[Batch]]:
+    """Steps over two groups of layers in blocks of 4, whose batches are kept in the list."""
+    seen: list[Batch] = []
+
+    def step(batch: Batch, rows: torch.Tensor | None) -> torch.Tensor:
+        seen.append(batch)
+        return torch.zeros((1, 7))
+
+    backend: Any = SimpleNamespace(device=torch.device("cpu"))
+    return gpu.GpuSteps(step, backend, [-(-(context + 1) // 4)] * 2, 8), seen

@@ -51,7 +51,9 @@ def save(model: Any, folder: Path) -> None:
     for file, own in shares.items():
         save_file({name: tensors[name] for name in own}, folder / file, {"format": "pt"})
     index = {name: file for file, own in shares.items() for name in own}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def load(folder: Path) -> Any:

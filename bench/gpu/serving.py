@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -113,13 +114,16 @@ def memory(model: Any, gib: float = 16.0) -> None:
     """As on a card of so many GiB: the rest of this one is taken away first, the driver's share
     included. Then 8 sequences of 8,156 tokens at once, with everything sized by the engine."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    ballast = torch.empty(total - int(gib * 2**30), dtype=torch.uint8, device=DEVICE)
+    _, total = torch.cuda.mem_get_info()
+    small = int(gib * 2**30)
+    ballast = torch.empty(total - small, dtype=torch.uint8, device=DEVICE)
     begin, left = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     torch.cuda.reset_peak_memory_stats()
-    made = create_engine(
-        model, eos_ids=[0], context_length=8192, device=DEVICE, config=EngineConfig()
-    )
+    real = torch.cuda.mem_get_info
+    with mock.patch.object(torch.cuda, "mem_get_info", lambda *_: (real()[0], small)):
+        made = create_engine(
+            model, eos_ids=[0], context_length=8192, device=DEVICE, config=EngineConfig()
+        )
     found = serve(made, [256] * 8, 1.0, 0, "", prompt=7900)
     stats, config = made.stats(), made._config
     made.close()

@@ -147,28 +147,35 @@ class GpuSteps:
         log.info("Captured %d graphs in %.1f s", len(self._graphs), time.monotonic() - began)
 
     @torch.inference_mode()
-    def warm(self, most_tokens: int) -> None:
+    def warm(self, most_tokens: int, context_length: int) -> None:
         """Compile what prompts need, so that no request waits for a compiler: a step of each kind
-        of size, as one sequence whose tokens are stored nowhere."""
+        of size, as sequences of at most the context's length whose tokens are stored nowhere."""
         for tokens in (*_KINDS, most_tokens):
             if tokens > most_tokens:
                 continue
-            count = torch.arange(tokens, device=self._device)
-            batch = Batch(
-                ids=count * 0,
-                positions=count,
-                slots=tuple(count * 0 - 1 for _ in self._tables),
-                tables=tuple(table.device[:1] * 0 for table in self._tables),
-                lengths=torch.tensor([tokens], dtype=torch.int32, device=self._device),
-                query_start=torch.tensor([0, tokens], dtype=torch.int32, device=self._device),
-                decodes=0,
-                longest=tokens,
-            )
-            logits = self._step(batch, count[-1:])
+            batch = self._prompts(tokens, context_length)
+            logits = self._step(batch, batch.ids[-1:])
             found = torch.empty(1, dtype=torch.int64, device=self._device)
             temperatures, noise = torch.zeros((2, 1), dtype=torch.float32, device=self._device)
             draw(logits, temperatures, noise, found)
         torch.cuda.synchronize()
+
+    def _prompts(self, tokens: int, longest: int) -> Batch:
+        """So many tokens as few new sequences, nothing of which is kept."""
+        counts = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+        zeros = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        lengths = torch.tensor(counts, dtype=torch.int32, device=self._device)
+        widths = [table.device.shape[1] for table in self._tables]
+        return Batch(
+            ids=zeros,
+            positions=torch.arange(tokens, device=self._device) % longest,
+            slots=tuple(zeros - 1 for _ in widths),
+            tables=tuple(lengths.new_zeros((len(counts), width)) for width in widths),
+            lengths=lengths,
+            query_start=torch.tensor([0, *counts], device=self._device).cumsum(0).int(),
+            decodes=0,
+            longest=max(counts),
+        )
 
     def can_replay(self, layout: Layout) -> bool:
         return layout.decodes == len(layout.counts) <= self._sizes[-1]
@@ -339,6 +346,6 @@ def create_steps(
         step = stock_step(model, backend)
     columns = [-(-(context_length + 1) // config.block_size) for _ in groups]
     steps = GpuSteps(step, backend, columns, config.max_running)
-    steps.warm(config.prefill_chunk + config.max_running)
+    steps.warm(config.prefill_chunk + config.max_running, context_length)
     steps.capture()
     return backend, steps

@@ -46,13 +46,6 @@ class Room:
         )
 
 
-def splits_for(tokens: int, kv_heads: int, longest: int, processors: int) -> int:
-    """Into how many parts to cut the keys of each sequence: enough programs for every processor,
-    never less than 128 keys a part."""
-    wanted = -(-4 * processors // (tokens * kv_heads))
-    return max(1, min(wanted, 64, -(-longest // 128)))
-
-
 def decode(
     query: torch.Tensor,
     keys: torch.Tensor,
