@@ -69,7 +69,7 @@ def recording() -> Iterator[list[Launch]]:
 
 def launch_everything(dtype: torch.dtype) -> None:
     """Every kernel, by its launcher, in gpt-oss-20b's shapes and in others of 128 a head."""
-    from serve.engine.kernels import attention, experts, fused, w4, w8
+    from serve.engine.kernels import attention, experts, fused, w4
     from serve.engine.kernels.draws import draw, follow
 
     count, hidden, tokens = 32, 2880, 8
@@ -77,7 +77,7 @@ def launch_everything(dtype: torch.dtype) -> None:
     def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of)
 
-    def projection(rows: int) -> experts.ExpertWeights:
+    def held(rows: int) -> experts.ExpertWeights:
         words = zeros(count, rows, hidden // 4, of=torch.int16)
         scales = zeros(count, rows, 96, of=torch.uint8)
         return experts.ExpertWeights(words, scales, zeros(count, rows), True)
@@ -87,7 +87,7 @@ def launch_everything(dtype: torch.dtype) -> None:
             zeros(count, of=torch.int32), zeros(count, many, of=torch.int32),
             zeros(many, 4, of=torch.float32),
         )  # fmt: skip
-        experts.experts(zeros(many, hidden), routing, projection(2 * hidden), projection(hidden))
+        experts.experts(zeros(many, hidden), routing, held(2 * hidden), held(hidden))
     lengths, tables = zeros(tokens, of=torch.int32), zeros(tokens, 4, of=torch.int32)
     starts = zeros(tokens + 1, of=torch.int32)
     for heads, dim, window in ((64, 64, 128), (64, 64, None), (32, 128, None)):
@@ -113,9 +113,7 @@ def launch_everything(dtype: torch.dtype) -> None:
     fused.rotate_and_store(joined, zeros(99, 64, of=single), slots, slots, query, pool, pool)
     fused.store(zeros(8, tokens, 64), zeros(8, tokens, 64), slots, pool, pool)
     out = zeros(2, tokens, 5120, of=single)
-    fused.project(x, zeros(5120, hidden), out, fused.Cut(64, 128, 2, 4, 4, 16))
-    held = w8.W8(zeros(5120, hidden // 2, of=torch.int16), zeros(5120, of=single))
-    w8.project(x, held, out, fused.Cut(64, 64, 2, 4, 4, 8))
+    fused.project(x, zeros(5120, hidden), out, fused.Cut(64, 128, 2, 4, 4))
     row = zeros(tokens, of=single)
     draw(zeros(tokens, 201_088), row, row, slots)
     follow(slots, slots, slots, slots)
@@ -135,14 +133,12 @@ def main() -> None:
     with (
         recording() as launches,
         mock.patch.object(experts, "shared_bytes", lambda x: shared),
+        mock.patch.object(experts, "_is_packed", lambda x, w: capability >= 80),
     ):
         launch_everything(dtype)
     done = set()
     for launch in launches:
         name = launch.kernel.__name__
-        for constant, is_so in (("EARLY", capability >= 90), ("FAST", capability >= 80)):
-            if constant in launch.arguments:
-                launch.arguments[constant] = is_so
         constants = tuple(v for v in launch.arguments.values() if not hasattr(v, "shape"))
         if (name, constants) in done:
             continue

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import made, others, serving
 from bench.gpu.timing import copy_terabytes, graph_microseconds
-from serve.engine.kernels import early as early_starts
-from serve.engine.kernels import gpt_oss, w8
+from serve.engine.kernels import w8
 from serve.engine.kernels.gpt_oss import Batch, FusedGptOss
 
 SIZE = 32
@@ -163,37 +161,6 @@ def steps(model: Any) -> None:
             torch.cuda.empty_cache()
 
 
-def early(model: Any) -> None:
-    """Steps whose kernels wait for each other's end, start early, and ask for weights besides; all
-    must give the same logits."""
-    asked = (gpt_oss.QKV, gpt_oss.OUTPUT)
-
-    def ahead(share: float) -> None:
-        gpt_oss.QKV, gpt_oss.OUTPUT = (
-            gpt_oss.Cuts(
-                *(replace(c, ahead=int(c.ahead * share)) for c in (cuts.stored, cuts.rounded))
-            )
-            for cuts in asked
-        )
-
-    for count in (1, 8, 32, 128):
-        cached = Cached(model, count, 256)
-        ids = torch.randint(0, model.config.vocab_size, (count,))
-        batch = cached.batch(ids, [255] * count, [1] * count)
-        told, made = [], []
-        for name, has, share in (("one after the other", False, 0.0), ("early", True, 0.0),
-                                 ("half asked for", True, 0.5), ("asked for", True, 1.0)):  # fmt: skip
-            early_starts._has_early_start = lambda device, has=has: has  # type: ignore[assignment]
-            ahead(share)
-            taken = graph_microseconds(
-                [lambda: cached.fused.forward(batch, None).argmax(-1)], repeats=21
-            )
-            made.append(cached.fused.forward(batch, None))
-            told.append(f"{name} {taken:.0f} us")
-        same = all(torch.equal(one, made[0]) for one in made)
-        print(f"{count} streams: {', '.join(told)}; the same logits: {same}", flush=True)
-
-
 def eight(model: Any) -> None:
     """Attention and vocabulary in 8 bits: what changes in the logits, in steps and in memory. The
     model stays so: the last part, but for those that are to be measured so."""
@@ -263,7 +230,6 @@ PARTS: dict[str, Callable[[Any], None]] = {
     "stock": others.stock,
     "profile": profile,
     "rates": serving.rates,
-    "early": early,
     "eight": eight,
 }
 

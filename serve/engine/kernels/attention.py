@@ -18,7 +18,6 @@ import torch
 
 from serve.engine.kernels import attention_kernels as kernels
 from serve.engine.kernels import experts
-from serve.engine.kernels.early import starts_early
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +67,15 @@ def decode(
     parts = out if room is None else room.values
     sums = out if room is None else room.sums
     log2 = math.log2(math.e)
-    early = starts_early(query)
     kernels.decode_kernel[(sequences, kv_heads, splits)](
         query, keys, values, tables, lengths, sinks, out, parts, sums, tables.stride(0),
         rule.scale * log2, heads, kv_heads, group, rows, dim, size, rule.window or 0, splits,
-        _decode_block(rule, dim), rule.sinks is not None, early, launch_pdl=early, num_warps=4,
-        num_stages=3,
+        _decode_block(rule, dim), rule.sinks is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         kernels.join_kernel[(sequences, heads)](
             parts, sums, sinks, out, lengths, heads, dim, splits, 1 << (splits - 1).bit_length(),
-            rule.sinks is not None, early, launch_pdl=early, num_warps=2,
+            rule.sinks is not None, num_warps=2,
         )  # fmt: skip
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from serve.engine.kernels.early import wait_for_last
-
 # fmt: off
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
@@ -68,9 +66,8 @@ def decode_kernel(
     sums_ptr: tl.tensor, table_stride: tl.tensor, scale: tl.tensor, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINK: tl.constexpr,
 ) -> None:
-    wait_for_last(EARLY)
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -133,10 +130,9 @@ def decode_kernel(
 def join_kernel(
     parts_ptr: tl.tensor, sums_ptr: tl.tensor, sinks_ptr: tl.tensor, out_ptr: tl.tensor,
     lengths_ptr: tl.tensor, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    PADDED: tl.constexpr, HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
+    PADDED: tl.constexpr, HAS_SINK: tl.constexpr,
 ) -> None:
     """The parts of one sequence and head, brought to their common maximum and added."""
-    wait_for_last(EARLY)
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     s = tl.arange(0, PADDED)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from serve.engine.kernels import draws_kernels as kernels
-from serve.engine.kernels.early import starts_early
 
 _CHUNK = 4096
 
@@ -22,16 +21,14 @@ def draw(logits: Tensor, temperatures: Tensor, noise: Tensor, out: Tensor) -> No
     int64 [rows]: the id, or -1 where the row holds a NaN or +inf or nothing but -inf."""
     rows, vocabulary = logits.shape
     chunks = -(-vocabulary // _CHUNK)
-    early = starts_early(logits)
     best, sums = torch.empty((2, rows, chunks), dtype=torch.float32, device=logits.device)
     ids, faults = torch.empty((2, rows, chunks), dtype=torch.int32, device=logits.device)
     kernels.survey_kernel[(rows, chunks)](
-        logits, temperatures, best, sums, ids, faults, vocabulary, chunks, _CHUNK, early,
-        launch_pdl=early, num_warps=4,
-    )  # fmt: skip
+        logits, temperatures, best, sums, ids, faults, vocabulary, chunks, _CHUNK, num_warps=4
+    )
     kernels.pick_kernel[(rows,)](
         logits, temperatures, noise, best, sums, ids, faults, out, vocabulary, chunks,
-        1 << (chunks - 1).bit_length(), _CHUNK, early, launch_pdl=early, num_warps=4,
+        1 << (chunks - 1).bit_length(), _CHUNK, num_warps=4,
     )  # fmt: skip
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from serve.engine.kernels.early import wait_for_last
-
 
 # fmt: off
 # Where these begin goes by the number of rows, which is no reason to compile anew.
@@ -19,11 +17,10 @@ from serve.engine.kernels.early import wait_for_last
 def survey_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, best_ptr: tl.tensor, sums_ptr: tl.tensor,
     ids_ptr: tl.tensor, faults_ptr: tl.tensor, V: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    CHUNK: tl.constexpr,
 ) -> None:
     """One stretch of one row: its largest logit and where, the sum of its odds, and how many of its
     numbers are not finite (NaN or +inf)."""
-    wait_for_last(EARLY)
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -51,11 +48,9 @@ def pick_kernel(
     logits_ptr: tl.tensor, temperatures_ptr: tl.tensor, noise_ptr: tl.tensor, best_ptr: tl.tensor,
     sums_ptr: tl.tensor, ids_ptr: tl.tensor, faults_ptr: tl.tensor, out_ptr: tl.tensor,
     V: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """A row's id: the stretch in which the cumulative odds pass the noise, then the place in it; at
     temperature 0 the largest. -1 when a number was not finite or nothing can be drawn."""
-    wait_for_last(EARLY)
     row = tl.program_id(0)
     c = tl.arange(0, PADDED)
     mine = row * CHUNKS + c

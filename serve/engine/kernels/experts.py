@@ -184,10 +184,8 @@ def gate_up_product(
     tile: Tile,
 ) -> None:
     """`x` [tokens, hidden] and `out` [tokens * top_k, intermediate], both quartered."""
-    from serve.engine.kernels.early import starts_early
     from serve.engine.kernels.experts_kernels import gate_up_kernel
 
-    early = starts_early(x)
     tokens, top_k = routing.weights.shape
     experts = routing.counts.shape[0]
     grid = (-(-weights.rows // tile.rows), _blocks(tokens, top_k, experts, tile.tokens))
@@ -195,8 +193,7 @@ def gate_up_product(
         x, weights.words, weights.scales, weights.bias, out, routing.counts, routing.pairs,
         routing.pairs.shape[1], alpha, limit, weights.rows, weights.columns // 4,
         weights.scales.shape[2], experts, _power_of_two(experts), top_k, tile.rows, tile.tokens,
-        tile.words, tile.stages, _is_packed(x, weights), early, launch_pdl=early,
-        num_warps=tile.warps,
+        tile.words, tile.stages, _is_packed(x, weights), num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -205,10 +202,8 @@ def down_product(
 ) -> None:
     """`x` [tokens * top_k, intermediate] quartered, `out` [splits, tokens * top_k, hidden], whose
     sum over splits and a token's choices is the layer's result."""
-    from serve.engine.kernels.early import starts_early
     from serve.engine.kernels.experts_kernels import down_kernel
 
-    early = starts_early(x)
     tokens, top_k = routing.weights.shape
     experts = routing.counts.shape[0]
     grid = (
@@ -221,7 +216,7 @@ def down_product(
         routing.weights, routing.pairs.shape[1], tokens * top_k, weights.rows,
         weights.columns // 4, weights.scales.shape[2], experts, _power_of_two(experts),
         tile.splits, tile.rows, tile.tokens, tile.words, tile.stages, _is_packed(x, weights),
-        early, launch_pdl=early, num_warps=tile.warps,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from serve.engine.kernels.early import wait_for_last
-
 # fmt: off
 _SIGN_AND_VALUE = """
 and.b32 p, p, z;
@@ -180,11 +178,9 @@ def gate_up_kernel(
     alpha: tl.constexpr, limit: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     GROUPS: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """out[pair] = quartered clamped SwiGLU of expert(pair)'s gate_up of x[token]. Gate rows are
     even, up rows odd."""
-    wait_for_last(EARLY)
     tile = tl.program_id(0)
     expert, pairs, real = _find(counts_ptr, pairs_ptr, capacity, tl.program_id(1), E, EP, BT)
     if expert < E:
@@ -213,11 +209,10 @@ def down_kernel(
     out_ptr: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor, weights_ptr: tl.tensor,
     capacity: tl.tensor, total: tl.tensor, N: tl.constexpr, Q: tl.constexpr, GROUPS: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
 ) -> None:
     """out[split, pair] = routing weight * (expert(pair)'s down of x[pair] over one split of the
     columns, plus the bias in split 0)."""
-    wait_for_last(EARLY)
     tile = tl.program_id(0)
     split = tl.program_id(2)
     expert, pairs, real = _find(counts_ptr, pairs_ptr, capacity, tl.program_id(1), E, EP, BT)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from serve.engine.kernels import fused_kernels as kernels
-from serve.engine.kernels.early import starts_early
 from serve.engine.kernels.experts import Routing
 
 
@@ -87,7 +86,6 @@ def _launch(
     bias = None if parts is None else parts.bias
     route = residual if router is None else router.weight
     experts = 1 if router is None else router.weight.shape[0]
-    early = starts_early(residual)
     kernels.add_norm_kernel[(tokens,)](
         residual, values, weight if bias is None else bias, weight, out,
         route, weight if router is None else router.bias,
@@ -98,7 +96,7 @@ def _launch(
         1 if router is None else router.routing.pairs.shape[1], tokens * inner * hidden, eps,
         hidden, padded, outer, inner, bias is not None, quartered, router is not None,
         experts, 1 << (experts - 1).bit_length(), 1 if router is None else router.top_k,
-        min(256, padded), early, launch_pdl=early, num_warps=8 if hidden > 1024 else 4,
+        min(256, padded), num_warps=8 if hidden > 1024 else 4,
     )  # fmt: skip
 
 
@@ -107,11 +105,10 @@ def route(x: torch.Tensor, router: Router, quartered_weight: torch.Tensor) -> No
     logits = torch.nn.functional.linear(x, quartered_weight, router.bias)
     tokens, experts = logits.shape
     routing = router.routing
-    early = starts_early(x)
     kernels.list_kernel[(tokens,)](
         logits, router.slots, routing.counts, routing.pairs, routing.weights,
         routing.pairs.shape[1], experts, 1 << (experts - 1).bit_length(), router.top_k,
-        early, launch_pdl=early, num_warps=1,
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -131,11 +128,10 @@ def rotate_and_store(
     kv_heads = keys.shape[2]
     each = math.gcd(heads, kv_heads, 8)
     outer, _, columns = parts.values.shape
-    early = starts_early(query)
     kernels.rotate_kernel[(tokens, (heads + 2 * kv_heads) // each)](
         parts.values, parts.values if parts.bias is None else parts.bias, turns, positions, slots,
         query, keys, values, tokens * columns, heads, kv_heads, dim // 2, each, outer,
-        parts.bias is not None, early, launch_pdl=early, num_warps=1,
+        parts.bias is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -152,15 +148,13 @@ def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, keys: tor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How `project` cuts its work: weight rows, columns a step, splits, stages, warps, and how many
-    128-byte lines of each row are asked for before the kernel in front has ended."""
+    """How `project` cuts its work: weight rows, columns a step, splits, stages, warps."""
 
     rows: int
     columns: int
     splits: int
     stages: int
     warps: int
-    ahead: int = 0
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) -> None:
@@ -170,8 +164,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, cut: Cut) 
     rows = weight.shape[0]
     block = min(128, max(16, 1 << (tokens - 1).bit_length()))
     grid = (-(-rows // cut.rows), -(-tokens // block), cut.splits)
-    early = starts_early(x)
     kernels.project_kernel[grid](
         x, weight, out, tokens, rows, columns, cut.rows, block, cut.columns, cut.splits, cut.stages,
-        cut.ahead, early, launch_pdl=early, num_warps=cut.warps,
+        num_warps=cut.warps,
     )  # fmt: skip

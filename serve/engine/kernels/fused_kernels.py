@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from serve.engine.kernels.early import fetch, wait_for_last
-
 # fmt: off
 
 @triton.jit
@@ -64,10 +62,9 @@ def _list(
 def list_kernel(
     logits_ptr: tl.tensor, slots_ptr: tl.tensor, counts_ptr: tl.tensor, pairs_ptr: tl.tensor,
     weights_ptr: tl.tensor, capacity: tl.tensor, E: tl.constexpr, EP: tl.constexpr,
-    TOP_K: tl.constexpr, EARLY: tl.constexpr,
+    TOP_K: tl.constexpr,
 ) -> None:
     """`_list` from logits that a matrix product made."""
-    wait_for_last(EARLY)
     token = tl.program_id(0)
     e = tl.arange(0, EP)
     row = logits_ptr + token.to(tl.int64) * E + e
@@ -84,9 +81,7 @@ def add_norm_kernel(
     outer_stride: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr, PADDED: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, HAS_BIAS: tl.constexpr, QUARTERED: tl.constexpr,
     ROUTE: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
-    wait_for_last(EARLY)
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, PADDED)
     here = c < HIDDEN
@@ -122,10 +117,9 @@ def rotate_kernel(
     parts_ptr: tl.tensor, bias_ptr: tl.tensor, turns_ptr: tl.tensor, positions_ptr: tl.tensor,
     slots_ptr: tl.tensor, query_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor,
     outer_stride: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-    EACH: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
+    EACH: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr,
 ) -> None:
     """EACH heads of one token: first all query heads, then the keys', then the values'."""
-    wait_for_last(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * EACH + tl.arange(0, EACH)
     half = tl.arange(0, HALF)
@@ -188,7 +182,7 @@ def store_kernel(
 def project_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, out_ptr: tl.tensor, tokens: tl.tensor, N: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
@@ -196,11 +190,6 @@ def project_kernel(
     SHARE: tl.constexpr = ((K + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
     first = split * SHARE
     last = tl.minimum(K, first + SHARE)
-    if EARLY and AHEAD > 0:
-        line = tl.minimum(first + tl.arange(0, AHEAD) * 64, K - 1)
-        row = tl.minimum(n, N - 1).to(tl.int64)
-        fetch(weight_ptr + row[:, None] * K + line[None, :])
-    wait_for_last(EARLY)
     k = tl.arange(0, STEP)
     acc = tl.zeros((BN, BT), tl.float32)
     for k0 in tl.range(first, last, STEP, num_stages=STAGES):

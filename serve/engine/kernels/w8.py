@@ -67,18 +67,15 @@ def hold(weight: Tensor) -> W8:
 def project(x: Tensor, weight: W8, out: Tensor, cut: Cut) -> None:
     """As fused.project: `out` float32 [splits, tokens, rows], summed over splits x times the weight
     transposed. `cut.columns` counts words."""
-    from serve.engine.kernels.early import starts_early
     from serve.engine.kernels.w8_kernels import project8_kernel
 
     tokens = x.shape[0]
     block = min(128, max(16, 1 << (tokens - 1).bit_length()))
     grid = (-(-weight.rows // cut.rows), -(-tokens // block), cut.splits)
     is_packed = x.is_cuda and x.dtype is torch.bfloat16
-    early = starts_early(x)
     project8_kernel[grid](
         x, weight.words, weight.scales, out, tokens, weight.rows, weight.words.shape[1], cut.rows,
-        block, cut.columns, cut.splits, cut.stages, is_packed, cut.ahead, early, launch_pdl=early,
-        num_warps=cut.warps,
+        block, cut.columns, cut.splits, cut.stages, is_packed, num_warps=cut.warps,
     )  # fmt: skip
 
 

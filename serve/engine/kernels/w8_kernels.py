@@ -6,8 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from serve.engine.kernels.early import fetch, wait_for_last
-
 # fmt: off
 _WIDEN = """
 lop3.b32 p, p, 0x007F007F, 0x43004300, 0xEA;
@@ -42,7 +40,6 @@ def project8_kernel(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, out_ptr: tl.tensor,
     tokens: tl.tensor, N: tl.constexpr, H: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     STEP: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:
     """out[split] [tokens, N] = x [tokens, 2H] times rows of H words, one split of the words."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -52,11 +49,6 @@ def project8_kernel(
     SHARE: tl.constexpr = ((H + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
     first = split * SHARE
     last = tl.minimum(H, first + SHARE)
-    if EARLY and AHEAD > 0:
-        line = tl.minimum(first + tl.arange(0, AHEAD) * 64, H - 1)
-        row = tl.minimum(n, N - 1).to(tl.int64)
-        fetch(words_ptr + row[:, None] * H + line[None, :])
-    wait_for_last(EARLY)
     k = tl.arange(0, STEP)
     acc = tl.zeros((BN, BT), tl.float32)
     for k0 in tl.range(first, last, STEP, num_stages=STAGES):
