@@ -45,9 +45,9 @@ class Cuts:
     rounded: fused.Cut
 
 
-QKV = Cuts(fused.Cut(64, 128, 2, 4, 4), fused.Cut(64, 64, 2, 4, 4))
+QKV = Cuts(fused.Cut(64, 128, 2, 4, 4), fused.Cut(64, 32, 4, 5, 4))
 OUTPUT = Cuts(fused.Cut(64, 64, 4, 5, 4), fused.Cut(64, 64, 4, 4, 4))
-HEAD = Cuts(fused.Cut(64, 128, 1, 4, 4), fused.Cut(64, 64, 1, 4, 4))
+HEAD = Cuts(fused.Cut(64, 128, 1, 4, 4), fused.Cut(128, 64, 1, 3, 8))
 
 
 @dataclass(frozen=True, slots=True)
