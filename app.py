@@ -21,6 +21,7 @@ import signal
 import socket
 import tempfile
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,6 +167,7 @@ def local_name(host: str) -> str:
 def load(service: Service, settings: Settings) -> None:
     """The loading thread: the first model that fits, then whichever offered one is asked for."""
     import loader
+    from serve.errors import ServeError
 
     wanted: str | None = ""
     while wanted is not None:
@@ -176,6 +178,9 @@ def load(service: Service, settings: Settings) -> None:
         except loader.LoadFailed as failed:
             log.error("%s", failed)
             service.fail(str(failed))
+        except ServeError as failed:
+            log.error("%s", failed.message)
+            service.fail(failed.message)
         except Exception:  # the thread's boundary: without it the page would say "loading" for ever
             log.exception("Loading broke")
             service.fail("Loading broke; the log has the details.")
@@ -231,7 +236,8 @@ def assemble(loaded: LoadedModel, settings: Settings, cache_gb: float | None = N
     spoken = choose(
         loaded.tokenizer, loaded.model_type, loaded.eos_ids, vocabulary, loaded.processor
     )
-    return ServedModel(loaded.card(spoken.capabilities()), spoken, engine)
+    card = replace(loaded.card(spoken.capabilities()), context_length=engine.context_length)
+    return ServedModel(card, spoken, engine)
 
 
 def per_request(build: Callable[[], Engine], vocabulary: int, loaded: LoadedModel) -> Engine:

@@ -25,12 +25,16 @@ from serve.engine.cache import KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.sampling import Draw
 from serve.engine.scheduler import Chunk
-from serve.engine.sizing import LayerShape, size_cache
+from serve.engine.sizing import CacheSize, LayerShape, size_cache
+from serve.errors import OutOfMemory
 
 if TYPE_CHECKING:
     from serve.engine.gpu import GpuSteps
 
 log = logging.getLogger(__name__)
+
+LEAST_CONTEXT = 256
+"""Tokens; a shorter context holds no conversation."""
 
 # Forward's arguments for one step from (model, chunks, ids [1, T], positions [1, T]). A model that
 # sees replaces ids by embeddings here, and positions by its own, for the chunks whose prompt has
@@ -231,6 +235,7 @@ def create_runner(
         max_running=config.max_running,
         chunk=config.prefill_chunk,
     )
+    _tell_context(size, context_length, is_measured=config.kv_cache_gb is None)
     cache = KVCache(size.groups, config.block_size, size.context_length + 1)
     if has_kernels:
         from serve.engine import gpu
@@ -263,6 +268,20 @@ def _hold_dense_in_8_bits(model: Any, has_kernels: bool) -> None:
     log.info("Attention and vocabulary weights are held in 8 bits: %.2f GB less.", freed / 1e9)
 
 
+def _tell_context(size: CacheSize, wanted: int, *, is_measured: bool) -> None:
+    """Says where a context is cut. Raises OutOfMemory where what is left would be of no use."""
+    held = size.context_length
+    log.info("KV cache: %.2f GB, a context of %d tokens.", size.bytes / 1e9, held)
+    if held == wanted:
+        return
+    if is_measured and held < LEAST_CONTEXT:
+        raise OutOfMemory(
+            f"Beside the model's weights there is memory for {held} tokens of context only. Free "
+            "some, or name a smaller model or one with smaller weights in MODEL_IDS."
+        )
+    log.warning("The model's context of %d tokens is cut to the %d that fit.", wanted, held)
+
+
 def _budget_bytes(
     model: Any, device: torch.device, config: EngineConfig, inputs: StepInputs
 ) -> int:
@@ -293,6 +312,7 @@ def _free_device_bytes(
     del logits
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
+    log.info("%.2f GB are free; the largest step takes %.2f of them.", free / 1e9, peak / 1e9)
     return max(0, int(free - 1.25 * peak - 0.03 * total))
 
 
