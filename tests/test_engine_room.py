@@ -1,4 +1,4 @@
-"""What an engine says of the memory it found: a context that is cut, or one too short to be of use."""
+"""What an engine says of the memory it found: a context that is cut, or one of no use."""
 
 from __future__ import annotations
 
