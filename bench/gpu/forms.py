@@ -36,6 +36,16 @@ def logits(loaded: object) -> torch.Tensor:
         return loaded.model(ids).logits.float().cpu()  # type: ignore[attr-defined, no-any-return]
 
 
+def widen(packed: torch.nn.Module, plain: torch.nn.Module) -> None:
+    """Give the plain model what bitsandbytes' 4-bit weights mean."""
+    import bitsandbytes as bnb
+
+    for name, module in packed.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            wide = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = wide.float().cpu()
+
+
 def main() -> None:
     work = Path(tempfile.mkdtemp())
     awq, awq_plain = quantized_llama(work / "awq", "awq", group=64)
@@ -53,8 +63,11 @@ def main() -> None:
     ):
         held = load(folder, work, quant)
         loader.this_machine = lambda: Machine("cpu", free_memory(), "the CPU")
-        exact = logits(load(reference, work, reference_quant))
+        meant = load(reference, work, reference_quant)
         loader.this_machine = gpu
+        if quant == "bnb4":
+            widen(held.model, meant.model)  # type: ignore[attr-defined]
+        exact = logits(meant)
         off = ((logits(held) - exact).abs().max() / exact.abs().max()).item()
         kind = f"{held.quantization} {held.dtype} {held.device}"  # type: ignore[attr-defined]
         print(f"{quant:6} held as {kind:30} off by {off:.4f} of the largest logit", flush=True)
