@@ -119,7 +119,7 @@ def launch_everything(dtype: torch.dtype) -> None:
     row = zeros(tokens, of=single)
     draw(zeros(tokens, 201_088), row, row, slots)
     follow(slots, slots, slots, slots)
-    groups = zeros(40, 1024)
+    groups = zeros(40, 1024, of=single)
     packed = w4.W4(zeros(1024, 2560, of=torch.uint8), groups, groups, 128)
     w4.product(zeros(tokens, 5120), packed)
     w4.widen(packed, 0, zeros(64, 5120))

@@ -327,47 +327,42 @@ def test_draws_follow_the_cumulative_distribution_and_faults_are_told() -> None:
 # -- 4-bit linear layers ---------------------------------------------------------------------------
 
 
-def packed_gptq(numbers: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] and [groups, out] numbers to GPTQ's qweight and qzeros (which holds zero - 1)."""
-    shifts = 4 * torch.arange(8, dtype=torch.int64)
-    weight = (numbers.T.long().unflatten(0, (-1, 8)) << shifts[:, None]).sum(1)
-    zero = ((zeros.long() - 1).unflatten(1, (-1, 8)) << shifts).sum(-1)
-    return weight.to(torch.int32), zero.to(torch.int32)
-
-
-def packed_awq(numbers: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-    shifts = 4 * torch.arange(8, dtype=torch.int64)
-    weight = (numbers.T.long().unflatten(1, (-1, 8))[..., order] << shifts).sum(-1)
-    zero = (zeros.long().unflatten(1, (-1, 8))[..., order] << shifts).sum(-1)
-    return weight.to(torch.int32), zero.to(torch.int32)
-
-
 @pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("kind", ["gptq", "gptq in another order", "awq"])
-def test_four_bit_layers_compute_what_their_formats_mean(
-    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("group", "in_order"), [(128, True), (64, True), (32, True), (128, False), (384, False)]
+)
+def test_four_bit_layers_compute_what_their_numbers_mean(
+    group: int, in_order: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs, inputs, group = 72, 128, 32
-    numbers = torch.randint(0, 16, (outputs, inputs))
-    zeros = torch.randint(1, 16, (inputs // group, outputs))
-    scales = torch.rand(inputs // group, outputs) + 0.1
-    belongs = torch.arange(inputs) // group
-    if "order" in kind:
-        belongs = belongs[torch.randperm(inputs)]
-    exact = (numbers - zeros[belongs].T).double() * scales[belongs].T.double()
-    pack = packed_awq if kind == "awq" else packed_gptq
-    held = w4.repack(
-        *pack(numbers, zeros), scales, group, "awq" if kind == "awq" else "gptq",
-        None if kind == "awq" else belongs.int(),
-    )  # fmt: skip
+    outputs, inputs = 72, 384
+    order = None if in_order else torch.randperm(inputs)
+    numbers = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    packed = numbers[:, 0::2] | (numbers[:, 1::2] << 4)
+    scales, offsets = torch.rand(2, inputs // group, outputs) + 0.1
+    held = w4.W4(packed.contiguous(), scales, offsets - 3, group, order)
+    exact = numbers.double() * scales.T.repeat_interleave(group, 1)
+    exact += (offsets - 3).T.repeat_interleave(group, 1)
+    if order is not None:
+        exact = exact[:, torch.argsort(order)]
     x, bias = torch.randn(tokens, inputs), torch.randn(outputs)
     wanted = x.double() @ exact.T + bias.double()
+    assert w4.takes(inputs, group)
     assert error(held.dequantized(torch.float64), exact) < BOUND
     assert error(w4.product(x, held, bias), wanted) < BOUND
+    assert error(w4.product(x, held), wanted - bias) < BOUND
     monkeypatch.setattr(w4, "PIECE_BYTES", 64 * inputs * 4)  # two pieces, the second not whole
     assert error(w4.widened_product(x, held, bias), wanted) < BOUND
     assert error(w4.w4_linear(x[None], held, bias), wanted[None]) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("inputs", "group", "is_taken"),
+    [(128, 16, True), (96, 32, False), (5120, 128, True), (5120, 5120, True), (200, 100, False)],
+)
+def test_layers_that_cannot_be_cut_in_steps_are_not_taken(
+    inputs: int, group: int, is_taken: bool
+) -> None:
+    assert w4.takes(inputs, group) == is_taken
 
 
 # -- 8-bit matrices --------------------------------------------------------------------------------

@@ -147,10 +147,14 @@ def dense(_: Any) -> None:
 
 
 def w4_layers(_: Any = None) -> None:
-    """4-bit layers of Qwen2.5-14B's size: ours packed and widened, torch's int4 product, bf16."""
+    """4-bit layers of Qwen2.5-14B's shapes: ours packed and widened, torch's int4 product, bf16."""
+    for outputs, inputs in ((13824, 5120), (5120, 13824), (5120, 5120), (1024, 5120)):
+        w4_layer(outputs, inputs, (1, 8, 64, 256, 512, 2048) if outputs > 5120 else (1, 8, 64))
+
+
+def w4_layer(outputs: int, inputs: int, counts: tuple[int, ...]) -> None:
     from serve.engine.kernels import w4
 
-    outputs, inputs = 13824, 5120
     held = w4.W4(
         torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=DEVICE),
         torch.rand(inputs // 128, outputs, device=DEVICE) * 0.01,
@@ -161,7 +165,7 @@ def w4_layers(_: Any = None) -> None:
     theirs = torch._convert_weight_to_int4pack(turned, 8)
     pairs = torch.stack((held.scales, held.offsets + 8 * held.scales), -1).bfloat16()
     wide, exactly = held.dequantized(torch.bfloat16), held.dequantized(torch.float64)
-    for tokens in (1, 8, 64, 256, 512, 2048):
+    for tokens in counts:
         x = torch.randn(tokens, inputs, device=DEVICE).bfloat16()
         exact = x.double() @ exactly.T
         ways = {

@@ -10,7 +10,7 @@ Checked against the formats' own arithmetic in tests. Called by packed.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -111,8 +111,8 @@ class Linear4(nn.Module):
         if runs_kernels(codes.device) and w4.takes(self.in_features, self._group):
             scales, zeros = self._scales_and_zeros.unbind(-1)
             offsets = zeros - 8.0 * scales
-            packed = _pairs(codes)
-            self._kernel = w4.W4(packed, scales.contiguous(), offsets.contiguous(), self._group)
+            held = (_pairs(codes), scales.contiguous(), offsets.contiguous())
+            self._kernel = w4.W4(*held, self._group, self._order)
             return
         fits = self._group in TORCH_GROUPS and self.in_features % self._group == 0
         if fits and codes.device.type == "cpu" and self.out_features % 16 == 0:
@@ -124,7 +124,7 @@ class Linear4(nn.Module):
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The weights [out, in] as the checkpoint means them, inputs in this layer's own order."""
         if self._kernel is not None:
-            return self._kernel.dequantized(dtype)
+            return replace(self._kernel, order=None).dequantized(dtype)
         if self._codes is None:
             one = torch.eye(self.in_features, device=self._scales_and_zeros.device, dtype=dtype)
             return self._product(one).T.to(dtype)
@@ -137,6 +137,8 @@ class Linear4(nn.Module):
         return ((codes - 8.0) * scales + zeros).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._kernel is not None:
+            return w4.w4_linear(x, self._kernel, self.bias)
         flat = x.reshape(-1, x.shape[-1])
         if self._order is not None:
             flat = flat[:, self._order]
@@ -146,8 +148,6 @@ class Linear4(nn.Module):
         return made.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._kernel is not None:
-            return w4.w4_linear(x, self._kernel)
         if self._packed is None:
             return functional.linear(x, self.widened(x.dtype))
         return torch._weight_int4pack_mm_for_cpu(
