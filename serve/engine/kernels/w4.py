@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FEW = 384
+FEW = 192
 PIECE_BYTES = 64 * 2**20
 _PROGRAMS = 264
 """Two for each of an H100's processors; fewer leave some waiting for memory."""
