@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from serve.engine import windows
 from serve.engine.cache import GroupSpec, KVCache
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine, create_engine
@@ -87,15 +88,24 @@ def misfit(model: Any) -> str:
 
 
 def keep_towers_apart(model: Any) -> None:
-    """Only the text model reads the paged cache; the vision tower attends as it always did."""
+    """Only the text model reads the paged cache; the vision tower attends as it always did, but
+    to all its windows at once where it has some."""
     from transformers import PreTrainedModel
 
+    windows.register()
     text = model.get_decoder()
     inside = {id(part) for part in text.modules()}
     around = {id(model), id(model.model)}
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and id(part) not in inside | around:
             part.set_attn_implementation("sdpa")
+            if _has_windows(part):
+                # Set so, since for this name transformers' own setter looks for a flash package.
+                part.config._attn_implementation = windows.NAME
+
+
+def _has_windows(tower: Any) -> bool:
+    return any("cu_seqlens" in inspect.signature(m.forward).parameters for m in tower.modules())
 
 
 def create_solo_engine(
