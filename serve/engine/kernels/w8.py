@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FEW = 128
 """Up to so many tokens the kernel beats widening the weights for the GPU's own library."""
 _ROWS_AT_ONCE = 8192
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +97,13 @@ def widen(weight: W8, dtype: torch.dtype) -> Tensor:
 def hold_dense(model: Any) -> int:
     """Turn a gpt-oss model's attention projections and head into 8-bit rows, one at a time, and
     return the bytes that this freed."""
-    owners = [(layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")) for layer in
-              model.model.layers]  # fmt: skip
+    places = [(layer.self_attn, name) for layer in model.model.layers for name in _PROJECTIONS]
     freed = 0
-    for owner, names in [*owners, (model, ("lm_head",))]:
-        for name in names:
-            stock = getattr(owner, name)
-            held = hold(stock.weight.detach())
-            freed += stock.weight.nbytes - held.words.nbytes - held.scales.nbytes
-            setattr(owner, name, Linear8Rows(held, stock.bias))
+    for owner, name in [*places, (model, "lm_head")]:
+        stock = getattr(owner, name)
+        held = hold(stock.weight.detach())
+        freed += stock.weight.nbytes - held.words.nbytes - held.scales.nbytes
+        setattr(owner, name, Linear8Rows(held, stock.bias))
     return freed
 
 
