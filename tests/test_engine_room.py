@@ -46,3 +46,10 @@ def test_the_context_that_is_told_is_the_one_that_the_cache_holds(
     served.engine.close()
     assert 256 <= served.card.context_length < loaded.context_length
     assert served.card.context_length == served.engine.context_length
+
+
+def test_8_bits_for_a_model_that_has_no_kernels_for_them_are_said_to_do_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine_of(tiny("gpt_oss"), dense_bits=8).close()
+    assert "DENSE_BITS=8 has no effect" in caplog.text
