@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.engine import CPU, load
-from serve.engine import graphs
+from serve.engine import blocks as block_forms
 from serve.engine.config import EngineConfig
 from serve.engine.engine import PagedEngine
 from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt
@@ -37,9 +37,9 @@ def main() -> None:
     ids = tokenizer(TEXT.read_text()).input_ids
     exact = stock(load(gguf), ids)
     print(f"{len(ids)} tokens; stock model, float32: perplexity {exact:.4f}", flush=True)
-    real = graphs.blocks
+    real = block_forms.blocks
     for name, blocks in (("blocks", real), ("rounded to 8 bits", partial(real, least_bits=8))):
-        graphs.blocks = blocks
+        block_forms.blocks = blocks
         ours = decoded(load(gguf), ids)
         print(f"decode steps, {name}: {ours:.4f} ({100 * (ours / exact - 1):+.2f} %)", flush=True)
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
+from llvmlite import binding
 from torch import nn
 
-from serve.engine import decoder, graphs
+from serve.engine import decoder
 from serve.engine.attention_jit import compile_attention
+from serve.engine.blocks import Floats, blocks, packed
+from serve.engine.products_jit import instructions, tile_product
 from tests.engine_models import VOCABULARY, ended, engine_of, ids_of, request, run_all, tiny
 from tests.test_engine_equality import check, prompts
 
 RANDOM = np.random.default_rng(0)
 
 
-def q4_1(rows: int, columns: int) -> graphs.Floats:
+def q4_1(rows: int, columns: int) -> Floats:
     """What a Q4_1 block holds once it is widened: scale and smallest value in fp16."""
     levels = RANDOM.integers(0, 16, (rows, columns // 32, 32))
     levels[..., 0], levels[..., 1] = 0, 15  # as its maker leaves them
@@ -28,22 +32,48 @@ def q4_1(rows: int, columns: int) -> graphs.Floats:
     return made.reshape(rows, columns)
 
 
-def q4_0(rows: int, columns: int) -> graphs.Floats:
+def q4_0(rows: int, columns: int) -> Floats:
     levels = RANDOM.integers(-8, 8, (rows, columns // 32, 32))
     levels[..., 0] = -8
     scales = RANDOM.choice([-1, 1], (rows, columns // 32, 1)) * 0.01
     return (levels * scales.astype(np.float16)).astype(np.float32).reshape(rows, columns)
 
 
-def q8_0(rows: int, columns: int) -> graphs.Floats:
+def q8_0(rows: int, columns: int) -> Floats:
     levels = RANDOM.integers(-127, 128, (rows, columns // 32, 32))
     levels[..., 0] = 127
     scales = (RANDOM.random((rows, columns // 32, 1)) * 0.01 + 1e-4).astype(np.float16)
     return (levels * scales.astype(np.float32)).astype(np.float32).reshape(rows, columns)
 
 
-def plain(rows: int, columns: int) -> graphs.Floats:
+def plain(rows: int, columns: int) -> Floats:
     return RANDOM.standard_normal((rows, columns)).astype(np.float32)
+
+
+KINDS = {"avx2": ("avx2",), "avxvnni": ("avx2", "avxvnni"),
+         "avx512vnni": ("avx2", "avx512vnni")}  # fmt: skip
+pytestmark = pytest.mark.skipif(instructions() is None, reason="not a processor it is for")
+
+
+def rounded_inputs(x: Floats) -> tuple[Any, Floats]:
+    """int8 [rows, in] and (scale, scale * sum) of each block, as step_jit.py makes them."""
+    cells = x.reshape(len(x), -1, 32)
+    scales = np.abs(cells).max(-1) / 127
+    levels = np.rint(cells / scales[..., None]).astype(np.int8)
+    sums = levels.sum(-1, dtype=np.float32) * scales
+    return levels.reshape(x.shape), np.stack([scales, sums], -1).astype(np.float32)
+
+
+def multiplied(kind: str, found: Any, x: Floats, rows: int) -> Floats:
+    """x W' of one tile of 16 outputs, `rows` rows at a time."""
+    levels, pairs = rounded_inputs(x)
+    out = np.empty((len(x), 16), np.float32)
+    product = tile_product(kind, found.bits, rows)
+    compiled = numba.njit(lambda w, x, s, y, n: product(w, x, s, y, n))
+    for low in range(0, len(x), rows):
+        arrays = (found.data, levels[low:], pairs[low:], out[low:])
+        compiled(*(array.ctypes.data for array in arrays), found.data.shape[1])
+    return out
 
 
 @pytest.mark.parametrize(
@@ -51,47 +81,56 @@ def plain(rows: int, columns: int) -> graphs.Floats:
     [(q4_1, 4, True), (q4_0, 4, True), (q8_0, 8, True), (plain, 8, False)],
 )
 def test_a_products_error_is_that_of_its_8_bit_inputs(make: Any, bits: int, is_exact: bool) -> None:
-    weight = make(96, 64)
-    found = graphs.blocks(weight)
+    """On every kind of processor, and to the bit the same however many rows are made at a time."""
+    weight = make(13, 96)
+    found = blocks(weight)
     assert (found.bits, found.is_exact) == (bits, is_exact)
-    graph, bias = graphs.Graph(), plain(1, 96)[0]
-    session = graph.session([("x", 64)], [graph.product("x", found, bias)], 1)
-    for rows in (1, 2, 5):
-        x = plain(rows, 64)
-        exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-        error = np.abs(session.run(None, {"x": x})[0] - exact).max() / np.abs(exact).max()
-        assert error < 2e-2
+    x = plain(8, 96)
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    able = binding.get_host_cpu_features()
+    made = []
+    for kind, needed in KINDS.items():
+        if all(able.get(name) for name in needed):
+            made += [multiplied(kind, packed(found), x, rows) for rows in (1, 4, 8)]
+    assert np.abs(made[0][:, :13] - exact).max() < 2e-2 * np.abs(exact).max()
+    assert not made[0][:, 13:].any()
+    for other in made[1:]:
+        np.testing.assert_array_equal(other, made[0])
 
 
 def test_a_block_of_zeros_is_exact() -> None:
-    assert graphs.blocks(np.zeros((4, 32), np.float32)).is_exact
+    assert blocks(np.zeros((4, 32), np.float32)).is_exact
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 3, 32)])
 def test_attention_over_scattered_runs_matches_float64(heads: int, kv_heads: int, dim: int) -> None:
-    attend = compile_attention(heads, kv_heads, dim)
+    attend, group = compile_attention(heads, kv_heads, dim), heads // kv_heads
     pieces = [[(0, 7), (40, 3)], [(20, 1)], [(64, 32), (8, 12), (30, 5)]]
     store = plain(128, 2 * kv_heads * dim).reshape(128, 2, kv_heads, dim)
-    packed = plain(3, (heads + 2 * kv_heads) * dim).reshape(3, -1, dim)
+    tokens = plain(3, (heads + 2 * kv_heads) * dim).reshape(3, -1, dim)
     angles = RANDOM.random((3, dim // 2)) * 6
     cos, sin = (np.tile(f(angles), 2).astype(np.float32) for f in (np.cos, np.sin))
     slots = np.array([pieces[t][-1][0] + pieces[t][-1][1] - 1 for t in range(3)])
-    before = packed.astype(np.float64)
+    before = tokens.astype(np.float64)
     low, high = np.split(before[:, : heads + kv_heads], 2, -1)
     turned = before[:, : heads + kv_heads] * cos[:, None] + (
         np.concatenate([-high, low], -1) * sin[:, None]
     )
     out = np.full((3, heads, dim), np.nan, np.float32)
     flat = np.array([piece for runs in pieces for piece in runs]).T
-    scratch = np.empty((heads, 64), np.float32), np.empty((heads, 64), np.int32)
+    scores = np.empty((group, 64), np.float32)
     first = np.array([0, 2, 3, 6])
     starts, lengths = np.ascontiguousarray(flat)
-    attend(packed, cos, sin, store, slots, first, starts, lengths, np.float32(0.3), out, *scratch)
+    scale, norms = np.float32(0.3), np.zeros((2, 0), np.float32)
+    for t in range(3):
+        for h in range(kv_heads):
+            attend(t, h, tokens, cos, sin, store, slots, first, starts, lengths, scale, norms,
+                   np.float32(0), scores, out)  # fmt: skip
     for t, runs in enumerate(pieces):
         seen = np.concatenate([np.arange(start, start + size) for start, size in runs])
         assert seen[-1] == slots[t]
         np.testing.assert_allclose(store[slots[t], 0], turned[t, heads:], atol=1e-5)
-        np.testing.assert_array_equal(store[slots[t], 1], packed[t, heads + kv_heads :])
+        np.testing.assert_array_equal(store[slots[t], 1], tokens[t, heads + kv_heads :])
         for h in range(heads):
             keys, values = (
                 store[seen, :, h // (heads // kv_heads)].astype(np.float64).swapaxes(0, 1)
@@ -125,7 +164,7 @@ def test_answers_are_those_of_generate_where_inputs_stay_exact(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts in chunks beside decodes, preemption, sequences that join and leave."""
-    monkeypatch.setattr(graphs, "_ACCURACY", 1)
+    monkeypatch.setattr(decoder, "_TERMS", 3)
     model = on_a_grid(tiny(family))
     engine = engine_of(model, packs_weights=True, kv_cache_gb=0.0005)
     assert model.forward.__func__ is decoder.Decoder.forward
@@ -149,6 +188,52 @@ def test_a_seed_gives_the_same_ids_alone_and_beside_others() -> None:
     finally:
         engine.close()
     assert together == alone
+
+
+@pytest.mark.usefixtures("small_fit")
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_any_number_of_threads_computes_the_same_and_none_is_waited_for(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "cores", lambda: threads)
+    monkeypatch.setattr(decoder, "_MIN_BYTES", 1)
+    model = on_a_grid(tiny("qwen3"))
+    engine = engine_of(model, packs_weights=True)
+    made = model.forward.__self__
+    assert made._threads == threads
+    asked = [request([5, 6, 7 + n], temperature=0.0, max_tokens=12) for n in range(5)]
+    real = made._pool.submit
+    late: list[Any] = []
+    try:
+        together = [ids_of(messages) for messages in run_all(engine, asked)]
+        made._pool.submit = lambda *call: late.append(call)
+        alone = [ids_of(messages) for messages in run_all(engine, asked)]
+        for step, *arguments in late:
+            logits = arguments[1].logits.copy()
+            step(*arguments)  # whoever comes when all is done changes nothing
+            np.testing.assert_array_equal(arguments[1].logits, logits)
+    finally:
+        made._pool.submit = real
+        engine.close()
+    assert together == alone
+    assert len(late) % max(threads - 1, 1) == 0 and bool(late) == (threads > 1)
+    assert len(made._step.signatures) == 1  # compiled at start, never while requests wait
+
+
+@pytest.mark.usefixtures("small_fit")
+def test_numbers_that_are_not_finite_end_their_own_request_only() -> None:
+    model = on_a_grid(tiny("llama"))
+    engine = engine_of(model, packs_weights=True)
+    model.forward.__self__._embedding[9] = np.nan
+    broken, whole = (request([5, 6, n], temperature=0.0, max_tokens=4) for n in (9, 7))
+    expected = ids_of(run_all(engine, [whole])[0])
+    try:
+        one = request([9], temperature=0.0, max_tokens=4)
+        failed, *others = run_all(engine, [one, whole, broken])
+    finally:
+        engine.close()
+    assert ended(failed).outcome == "failed"
+    assert ids_of(others[0]) == expected
 
 
 @pytest.mark.usefixtures("small_fit")

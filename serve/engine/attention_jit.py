@@ -1,145 +1,166 @@
-"""One decode step's attention on a CPU as one compiled function: turn, write, attend.
+"""One row's attention to one head of the cache, compiled: norm, turn, write, attend.
 
 torch's attention costs 50 us a call on one thread and 170 on two, whatever it computes, and a step
-of 32 sequences over 30 layers makes a thousand calls. This is one call a layer, compiled by Numba
-for the model's head counts: rotary embedding, the cache write, and the softmax over the keys where
-they lie. It runs on the thread that calls it and lets go of the interpreter's lock. Knows arrays
-only; called by decoder.py.
+of 32 sequences over 30 layers makes a thousand calls. Here it is a function that Numba compiles for
+the model's head counts into step_jit.py's loop: rotary embedding, the cache write, and the softmax
+over the keys where they lie. Knows arrays only.
 """
 
 # Numba's functions are compiled from their arguments' types at run time.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,call-arg"
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from numba import float32, int32
 
-Attend = Callable[..., None]
+from serve.engine.products_jit import float_of_bits
+
 _EXP2 = (0.693147182, 0.240226462, 0.0555041, 0.00961813, 0.00133336, 0.000154035)
-_TYPES = (
-    "void(f4[:,:,::1],f4[:,::1],f4[:,::1],f4[:,:,:,::1],i8[::1],i8[::1],i8[::1],i8[::1],f4,"
-    "f4[:,:,::1],f4[:,::1],i4[:,::1])"
-)
+# Sums in any order, but numbers that are not finite stay what they are.
+RELAXED = frozenset({"reassoc", "contract", "arcp", "nsz"})
 
 
-def compile_attention(heads: int, kv_heads: int, dim: int) -> Attend:
-    """attend(packed, cos, sin, store, slots, first, starts, lengths, scale, out, scores, powers).
+def relaxed(function: Any) -> Any:
+    return numba.njit(nogil=True, fastmath=set(RELAXED), error_model="numpy")(function)
+
+
+def exponential() -> Any:
+    """exp2(x), 0 below -126: the whole part goes to the exponent's bits, the rest through a
+    polynomial, so that loops hold many numbers at a time."""
+    c1, c2, c3, c4, c5, c6 = (float32(c) for c in _EXP2)
+    one, lowest, highest = float32(1.0), float32(-126.0), float32(127.0)
+    bias, shift = int32(127), int32(23)
+
+    def exp2(x):
+        x = min(max(x, lowest), highest)
+        whole = np.floor(x)
+        y = x - whole
+        part = one + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * (c5 + y * c6)))))
+        return part * float_of_bits((int32(whole) + bias) << shift)
+
+    return relaxed(exp2)
+
+
+def compile_attention(heads: int, kv_heads: int, dim: int, has_norms: bool = False) -> Any:
+    """attend(row, head, packed, cos, sin, store, slots, first, starts, lengths, scale, norms,
+    epsilon, scores, out), for one row and one head of the cache.
 
     `packed` [T, heads + 2 kv heads, dim] is queries, keys, values of one new token each, turned in
-    place by `cos` and `sin` [T, dim]; `store` [slots, 2, kv heads, dim] is a layer's cache; `out`
-    [T, heads, dim]. Token t is written to `slots[t]` and sees the `lengths[r]` slots from
-    `starts[r]` on for r from `first[t]` to `first[t + 1]`. `scores` float32 and `powers` int32,
-    [heads, most keys], are scratch. All float32. Compiling takes some seconds."""
-    write = _writing(heads, kv_heads, dim)
-    score = _scoring(kv_heads, heads // kv_heads, dim)
+    place by `cos` and `sin` [T, dim] after RMSNorm with `norms` [2, dim], queries' and keys', where
+    the model has them; `store` [slots, 2, kv heads, dim] is a layer's cache; `out` [T, heads, dim].
+    Token t is written to `slots[t]` and sees the `lengths[r]` slots from `starts[r]` on for r from
+    `first[t]` to `first[t + 1]`. `scores` [heads that share a cached one, most keys] is scratch."""
+    group = heads // kv_heads
+    turn = _turning(dim)
+    norm = _norming(dim)
+    score = _scoring(group, dim)
     soften = _softening()
-    gather = _gathering(kv_heads, heads // kv_heads, dim)
+    gather = _gathering(group, dim)
     log2e = float32(1.4426950408889634)
 
-    def attend(packed, cos, sin, store, slots, first, starts, lengths, scale, out, scores, powers):
-        write(packed, cos, sin, store, slots)
-        for t in range(packed.shape[0]):
-            begins, sizes = starts[first[t] : first[t + 1]], lengths[first[t] : first[t + 1]]
-            count = score(packed[t], store, begins, sizes, scores)
-            for h in range(heads):
-                soften(scores[h], powers[h], count, scale * log2e)
-            gather(store, begins, sizes, scores, out[t])
+    def attend(row, head, packed, cos, sin, store, slots, first, starts, lengths, scale, norms,
+               epsilon, scores, out):  # fmt: skip
+        token, low = packed[row], head * group
+        key = token[heads + head]
+        if has_norms:
+            norm(key, norms[1], epsilon)
+            for h in range(low, low + group):
+                norm(token[h], norms[0], epsilon)
+        turn(key, cos[row], sin[row])
+        for h in range(low, low + group):
+            turn(token[h], cos[row], sin[row])
+        written = store[slots[row]]
+        for d in range(dim):
+            written[0, head, d] = key[d]
+            written[1, head, d] = token[heads + kv_heads + head, d]
+        begins = starts[first[row] : first[row + 1]]
+        sizes = lengths[first[row] : first[row + 1]]
+        count = score(token[low : low + group], store, head, begins, sizes, scores)
+        for g in range(group):
+            soften(scores[g], count, scale * log2e)
+        gather(store, head, begins, sizes, scores, out[row, low : low + group])
 
-    compiled: Attend = numba.njit(_TYPES, nogil=True, fastmath=True, error_model="numpy")(attend)
-    return compiled
+    return relaxed(attend)
 
 
-def _compiled(function: Any) -> Any:
-    return numba.njit(nogil=True, fastmath=True, error_model="numpy")(function)
+def _norming(dim: int) -> Any:
+    def norm(x, weight, epsilon):
+        total = float32(0.0)
+        for d in range(dim):
+            total += x[d] * x[d]
+        factor = float32(1.0) / np.sqrt(total / float32(dim) + epsilon)
+        for d in range(dim):
+            x[d] = x[d] * factor * weight[d]
+
+    return relaxed(norm)
 
 
-def _writing(heads: int, kv_heads: int, dim: int) -> Any:
+def _turning(dim: int) -> Any:
     half = dim // 2
 
-    def write(packed, cos, sin, store, slots):
-        for t in range(packed.shape[0]):
-            for h in range(heads + kv_heads):
-                row = packed[t, h]
-                for d in range(half):
-                    low, high = row[d], row[d + half]
-                    row[d] = low * cos[t, d] - high * sin[t, d]
-                    row[d + half] = high * cos[t, d + half] + low * sin[t, d + half]
-            for h in range(kv_heads):
-                for d in range(dim):
-                    store[slots[t], 0, h, d] = packed[t, heads + h, d]
-                    store[slots[t], 1, h, d] = packed[t, heads + kv_heads + h, d]
+    def turn(x, cos, sin):
+        for d in range(half):
+            low, high = x[d], x[d + half]
+            x[d] = low * cos[d] - high * sin[d]
+            x[d + half] = high * cos[d + half] + low * sin[d + half]
 
-    return _compiled(write)
+    return relaxed(turn)
 
 
-def _scoring(kv_heads: int, group: int, dim: int) -> Any:
+def _scoring(group: int, dim: int) -> Any:
     zero = float32(0.0)
 
-    def score(query, store, starts, lengths, scores):
+    def score(query, store, head, starts, lengths, scores):
         count = 0
         for r in range(starts.shape[0]):
             for slot in range(starts[r], starts[r] + lengths[r]):
-                key = store[slot, 0]
-                for h in range(kv_heads):
-                    for g in range(group):
-                        total = zero
-                        for d in range(dim):
-                            total += query[h * group + g, d] * key[h, d]
-                        scores[h * group + g, count] = total
+                key = store[slot, 0, head]
+                for g in range(group):
+                    total = zero
+                    for d in range(dim):
+                        total += query[g, d] * key[d]
+                    scores[g, count] = total
                 count += 1
         return count
 
-    return _compiled(score)
+    return relaxed(score)
 
 
 def _softening() -> Any:
-    """exp2 of what is at most 0: the whole part goes to the exponent's bits, the rest through a
-    polynomial, so that the loops hold eight numbers at a time."""
-    c1, c2, c3, c4, c5, c6 = (float32(c) for c in _EXP2)
-    one, zero, lowest = float32(1.0), float32(0.0), float32(-126.0)
-    bias, shift = int32(127), int32(23)
+    exp2, zero, one = exponential(), float32(0.0), float32(1.0)
 
-    def soften(row, powers, count, scale):
+    def soften(row, count, scale):
         top = row[0]
         for j in range(count):
             top = max(top, row[j])
-        for j in range(count):
-            x = max((row[j] - top) * scale, lowest)
-            whole = np.floor(x)
-            y = x - whole
-            row[j] = one + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * (c5 + y * c6)))))
-            powers[j] = (int32(whole) + bias) << shift
-        factors = powers.view(np.float32)
         total = zero
         for j in range(count):
-            row[j] *= factors[j]
+            row[j] = exp2((row[j] - top) * scale)
             total += row[j]
         share = one / total
         for j in range(count):
             row[j] *= share
 
-    return _compiled(soften)
+    return relaxed(soften)
 
 
-def _gathering(kv_heads: int, group: int, dim: int) -> Any:
+def _gathering(group: int, dim: int) -> Any:
     zero = float32(0.0)
 
-    def gather(store, starts, lengths, scores, out):
+    def gather(store, head, starts, lengths, scores, out):
         out[:] = zero
         count = 0
         for r in range(starts.shape[0]):
             for slot in range(starts[r], starts[r] + lengths[r]):
-                value = store[slot, 1]
-                for h in range(kv_heads):
-                    for g in range(group):
-                        weight = scores[h * group + g, count]
-                        for d in range(dim):
-                            out[h * group + g, d] += weight * value[h, d]
+                value = store[slot, 1, head]
+                for g in range(group):
+                    weight = scores[g, count]
+                    for d in range(dim):
+                        out[g, d] += weight * value[d]
                 count += 1
 
-    return _compiled(gather)
+    return relaxed(gather)

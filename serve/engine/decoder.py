@@ -1,12 +1,11 @@
 """A CPU's decode steps without torch's hundreds of small operations.
 
-A row of a decode step is one sequence's next id, and rows do not meet but in the weights. So they
-are dealt to as many threads as there are cores, and each thread takes its rows through all layers
-alone: per layer one compiled attention call and one ONNX Runtime call. No
-thread waits for another before the step's end. Prompts go through the stock model as before; both
-share the cache. Inputs in 8 bits enlarge the last bit's differences between batches until draws
-differ, so a step with a seeded request runs the stock model too. Stands in for the model's forward
-(runner.py puts it there); knows no requests.
+All rows of a step go through all layers in one compiled function (step_jit.py), which every core
+runs at the same time on pieces of the same products. Prompts go through the stock model as before;
+both share the cache. A product's inputs are rounded to 8 bits, which enlarges the last bit's
+differences between two ways to compute a prompt until draws differ; so in a step with a seeded
+request they are kept as precise as float32. Stands in for the model's forward (runner.py puts it
+there); knows no requests.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,31 +23,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.engine import graphs
+from serve.engine import blocks, step_jit
 from serve.engine.attention_cpu import CpuBackend, Runs
-from serve.engine.attention_jit import Attend, compile_attention
-from serve.engine.graphs import Floats
+from serve.engine.blocks import BLOCK, TILE, Floats
 from serve.engine.modules import JoinedLayer
+from serve.engine.products_jit import instructions
+from serve.engine.step_jit import Shape, Step, Weights
 
 log = logging.getLogger(__name__)
 
 MODELS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
+_TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
-_WORTH = 0.85  # more threads a call must take less than this share of the time
+_MIN_BYTES = 1 << 14  # of a layer's smallest product, for each thread
 
 
 def fits(model: Any) -> bool:
-    """Whether `model` is one whose decode steps this module can compute."""
-    if type(model).__name__ not in MODELS:
+    """Whether `model` is one whose decode steps this module can compute on this processor."""
+    if type(model).__name__ not in MODELS or instructions() is None:
         return False
     layers = list(model.model.layers)
     linears = [p for layer in layers if isinstance(layer, JoinedLayer) for p in _projections(layer)]
     return (
         all(isinstance(layer, JoinedLayer) for layer in layers)
         and model.dtype == torch.float32
-        and all(linear.weight.shape[1] % graphs.BLOCK == 0 for linear in linears)
+        and all(linear.weight.shape[1] % BLOCK == 0 for linear in linears)
+        and all(float(linear.weight.abs().max()) < blocks.LARGEST for linear in linears)
         and sum(linear.weight.numel() for linear in linears) >= _MIN_WEIGHTS
     )
 
@@ -62,35 +64,36 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         began = time.monotonic()
-        first = model.model.layers[0]
-        cores = os.cpu_count() or 1
-        with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(compile_attention, first.heads, first.kv_heads, first.dim)
-            self._threads = _threads_a_call(first, cores)
-            layers = list(model.model.layers)
-            self._opening = graphs.opening(first, self._threads)
-            self._between = [
-                graphs.between(layer, following, self._threads)
-                for layer, following in pairwise(layers)
-            ]
-            self._closing = graphs.closing(layers[-1], model.model.norm, self._threads)
-            self._parts = max(1, cores // self._threads)
-            weight = model.lm_head.weight.detach().numpy()
-            self._pieces = graphs.heads(weight, self._parts, self._threads)
-            self._numbers = [layer.layer for layer in layers]
-            self._attend: Attend = compiling.result()
+        layers = list(model.model.layers)
+        first, kind = layers[0], instructions()
+        assert kind is not None, "fits() was not asked"
+        self._shape = Shape(
+            heads=first.heads,
+            kv_heads=first.kv_heads,
+            dim=first.dim,
+            width=first.out.weight.shape[0],
+            hidden=first.hidden,
+            has_head_norms=first.q_norm is not None,
+        )
+        smallest = min(linear.weight.numel() for linear in _projections(first))
+        self._threads = max(1, min(cores(), smallest // 2 // _MIN_BYTES))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        compiled = step_jit.compile_step(self._shape, kind)
+        self._packed: list[blocks.Packed] = []
+        self._weights = _weights_without_matrices(model)
+        compiling = self._pool.submit(compiled, self._weights, self._room(0, 0, 1, 1), 0)
+        for weight in _matrices(model):
+            self._packed.append(blocks.packed(blocks.blocks(weight)))
+        self._weights = self._weights._replace(matrices=_table(self._packed, _matrices(model)))
+        self._numbers = [layer.layer for layer in layers]
+        compiling.result()
+        self._step = compiled
         self._model = model
         self._stock = model.forward
         self._embedding = model.get_input_embeddings().weight.detach().numpy()
-        self._heads, self._kv_heads, self._dim = first.heads, first.kv_heads, first.dim
-        self._scale = np.float32(first.call.scale)
-        self._pool = ThreadPoolExecutor(self._parts, thread_name_prefix="decode")
-        log.info(
-            "Decode steps run as %d x %d threads; made in %.1f s",
-            self._parts,
-            self._threads,
-            time.monotonic() - began,
-        )
+        self._vocabulary = int(model.lm_head.weight.shape[0])
+        seconds = time.monotonic() - began
+        log.info("Decode steps: %s, %d threads; made in %.1f s", kind, self._threads, seconds)
 
     @torch.inference_mode()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +102,7 @@ class Decoder:
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
             return self._stock(*args, **kwargs)
         count = backend.layout.decodes
-        if not count or backend.layout.is_exact:
+        if not count:
             return self._stock(**kwargs)
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
         keep: Tensor = kwargs["logits_to_keep"]
@@ -116,67 +119,71 @@ class Decoder:
 
     def _decode(self, ids: Tensor, positions: Tensor, backend: CpuBackend, drawn: Tensor) -> Tensor:
         """[rows that draw, vocabulary]"""
-        rows = ids.shape[0]
         hidden = self._embedding[ids.numpy()]
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
         cos, sin = (part[0].numpy() for part in turn)
-        bounds = np.linspace(0, rows, min(self._parts, rows) + 1).astype(int)
-        pieces = [
-            (hidden[low:high], cos[low:high], sin[low:high], backend.runs(low, high))
-            for low, high in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-        stores = backend.stores()
-        others = [self._pool.submit(self._through, *piece, stores) for piece in pieces[1:]]
-        parts = [self._through(*pieces[0], stores), *(other.result() for other in others)]
-        return torch.from_numpy(self._head(np.concatenate(parts)[drawn.numpy()]))
+        terms = _EXACT_TERMS if backend.layout.is_exact else _TERMS
+        runs = backend.runs(0, len(hidden))
+        step = self._room(len(hidden), drawn.shape[0], terms, max(_longest(run) for run in runs))
+        step = _placed(step, runs, _stores(backend, self._numbers))
+        step = step._replace(hidden=hidden, cos=cos, sin=sin, drawn=drawn.numpy())
+        for thread in range(1, self._threads):
+            self._pool.submit(self._step, self._weights, step, thread)
+        self._step(self._weights, step, 0)
+        return torch.from_numpy(step.logits[:, : self._vocabulary])
 
-    def _head(self, x: Floats) -> Floats:
-        """All rows by every thread, over its piece of the vocabulary: even one row keeps all
-        threads busy."""
-        logits = np.empty((x.shape[0], self._embedding.shape[0]), np.float32)
+    def _room(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
+        """A step's arrays, those that it reads empty."""
+        shape = self._shape
+        attended = shape.heads * shape.dim
+        widest = max(shape.width, attended, shape.hidden)
+        lines = terms * max(rows, drawn)
+        packed, seen = _floats(rows, shape.joined), _floats(rows, attended)
+        layers = len(self._packed) // 4
+        vocabulary = self._packed[-1].data.shape[0] * TILE if self._packed else 0
+        places = np.empty((1, 0), np.int64)
+        return Step(
+            every=np.arange(rows),
+            hidden=_floats(rows, shape.width),
+            cos=_floats(rows, shape.dim),
+            sin=_floats(rows, shape.dim),
+            drawn=places[0],
+            terms=terms,
+            threads=self._threads,
+            stores=np.empty((0, 3), np.int64),
+            slots=places,
+            first=places,
+            starts=places[0],
+            lengths=places[0],
+            packed=packed,
+            split=packed.reshape(rows, shape.heads + 2 * shape.kv_heads, shape.dim),
+            seen=seen,
+            seen_heads=seen.reshape(rows, shape.heads, shape.dim),
+            gated=_floats(rows, 2 * shape.hidden),
+            logits=_floats(drawn, vocabulary),
+            inputs=np.empty(lines * widest, np.int8),
+            scales=_floats(lines * widest // BLOCK * 2),
+            cells=_floats(self._threads, BLOCK),
+            tiles=_floats(self._threads, step_jit.ROWS, TILE),
+            scores=_floats(self._threads, shape.heads // shape.kv_heads, longest),
+            counters=np.zeros(
+                (layers * step_jit.PHASES + step_jit.LAST_PHASES) * step_jit.COUNTER, np.uint8
+            ),
+        )
 
-        def compute(session: Any, columns: slice) -> None:
-            (logits[:, columns],) = session.run(None, {"x": x})
 
-        if not x.shape[0]:
-            return logits
-        first, *rest = self._pieces
-        others = [self._pool.submit(compute, *piece) for piece in rest]
-        compute(*first)
-        for other in others:
-            other.result()
-        return logits
+def cores() -> int:
+    """How many the process may use: those it sees, or fewer where a container's share is less."""
+    seen = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(seen, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return seen
 
-    def _through(
-        self, x: Floats, cos: Floats, sin: Floats, runs: Sequence[Runs], stores: Mapping[int, Any]
-    ) -> Floats:
-        """Some rows through all layers, on the thread that calls: what the head reads."""
-        rows = x.shape[0]
-        longest = max(_longest(run) for run in runs)
-        seen = np.empty((rows, self._heads, self._dim), np.float32)
-        scores = np.empty((self._heads, longest), np.float32)
-        powers = np.empty((self._heads, longest), np.int32)
-        (packed,) = self._opening.run(None, {"x": x})
-        for number, session in zip(self._numbers, (*self._between, self._closing), strict=True):
-            group, store = stores[number]
-            run = runs[group]
-            self._attend(
-                packed.reshape(rows, -1, self._dim),
-                cos,
-                sin,
-                store,
-                run.slots,
-                run.first,
-                run.starts,
-                run.lengths,
-                self._scale,
-                seen,
-                scores,
-                powers,
-            )
-            x, *more = session.run(None, {"x": x, "seen": seen.reshape(rows, -1)})
-            packed = more[0] if more else packed
-        return x
+
+def _floats(*shape: int) -> Floats:
+    return np.empty(shape, np.float32)
 
 
 def _longest(runs: Runs) -> int:
@@ -184,28 +191,80 @@ def _longest(runs: Runs) -> int:
     return int(np.add.reduceat(runs.lengths, runs.first[:-1]).max())
 
 
-def _threads_a_call(layer: JoinedLayer, cores: int) -> int:
-    """How many threads one row's products are worth, measured on one layer: few for small ones,
-    which are over before another thread wakes."""
-    best, seconds = 1, _seconds(layer, 1)
-    count = 2
-    while count <= cores:
-        took = _seconds(layer, count)
-        if took < _WORTH * seconds:
-            best, seconds = count, took
-        count *= 2
-    return best
+def _placed(step: Step, runs: Sequence[Runs], stores: np.ndarray[Any, Any]) -> Step:
+    """With where its tokens go and what they see; the groups' runs one behind the other."""
+    before = np.cumsum([0, *(len(run.starts) for run in runs[:-1])])
+    return step._replace(
+        stores=stores,
+        slots=np.stack([run.slots for run in runs]),
+        first=np.stack([run.first + low for run, low in zip(runs, before, strict=True)]),
+        starts=np.concatenate([run.starts for run in runs]),
+        lengths=np.concatenate([run.lengths for run in runs]),
+    )
 
 
-def _seconds(layer: JoinedLayer, threads: int) -> float:
-    session = graphs.between(layer, layer, threads)
-    inputs = {
-        "x": np.ones((1, layer.out.weight.shape[0]), np.float32),
-        "seen": np.ones((1, layer.out.weight.shape[1]), np.float32),
-    }
-    goes = []
-    for _ in range(10):
-        began = time.perf_counter()
-        session.run(None, inputs)
-        goes.append(time.perf_counter() - began)
-    return min(goes)
+def _stores(backend: CpuBackend, layers: Sequence[int]) -> np.ndarray[Any, Any]:
+    found = backend.stores()
+    pairs = [found[layer] for layer in layers]
+    return np.array([(group, store.ctypes.data, store.shape[0]) for group, store in pairs])
+
+
+def _matrices(model: Any) -> Iterator[Floats]:
+    for layer in model.model.layers:
+        for linear in _projections(layer):
+            yield linear.weight.detach().numpy()
+    yield model.lm_head.weight.detach().numpy()
+
+
+def _table(packed: Sequence[blocks.Packed], weights: Iterator[Floats]) -> np.ndarray[Any, Any]:
+    """Weights.matrices: every second product of a layer adds to what is there."""
+    rows, start = [], 0
+    for place, (one, weight) in enumerate(zip(packed, weights, strict=True)):
+        start = 0 if place % 4 == 0 else start
+        is_head, data = place == len(packed) - 1, one.data
+        own = -1 if is_head else start
+        adds = place % 2 == 1
+        rows.append((data.ctypes.data, one.bits, len(weight), data.shape[1], own, adds))
+        start += len(weight)
+    return np.array(rows, np.int64)
+
+
+def _weights_without_matrices(model: Any) -> Weights:
+    layers = list(model.model.layers)
+    biases = [_biases(layer) for layer in layers]
+    norms = [
+        norm
+        for layer in layers
+        for norm in (layer.stock.input_layernorm, layer.stock.post_attention_layernorm)
+    ]
+    norms.append(model.model.norm)
+    first = layers[0]
+    heads = [(layer.q_norm, layer.k_norm) for layer in layers if layer.q_norm is not None]
+    return Weights(
+        matrices=np.zeros((1, 6), np.int64),
+        biases=np.stack(biases) if any(map(np.any, biases)) else np.zeros((1, 0), np.float32),
+        norms=np.stack([_numbers(norm.weight) for norm in norms]),
+        head_norms=np.stack([[_numbers(n.weight) for n in pair] for pair in heads])
+        if heads
+        else np.zeros((len(layers), 2, 0), np.float32),
+        epsilon=np.float32(norms[0].variance_epsilon),
+        head_epsilon=np.float32(heads[0][0].variance_epsilon if heads else 0.0),
+        scale=np.float32(first.call.scale),
+    )
+
+
+def _biases(layer: JoinedLayer) -> Floats:
+    """All four products' of a layer, zeros where there are none."""
+    return np.concatenate(
+        [
+            np.zeros(linear.weight.shape[0], np.float32)
+            if linear.bias is None
+            else _numbers(linear.bias)
+            for linear in _projections(layer)
+        ]
+    )
+
+
+def _numbers(values: Tensor) -> Floats:
+    made: Floats = values.detach().float().numpy()
+    return made

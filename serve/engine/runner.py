@@ -191,6 +191,7 @@ class Runner:
             block_size=self._block_size,
             decodes=next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks)),
             shifts=shifts,
+            is_exact=any(chunk.sequence.request.is_seeded for chunk in chunks),
         )
 
 
