@@ -2,8 +2,9 @@
 
 For each batch size the same prompts run through ours and through transformers' batched generate in
 one run; then one step of ours is timed at several context lengths, and what Python costs beside the
-forward pass; then a second chat turn against its first. With --plot it draws docs/engine.svg
-(needs matplotlib). Usage: .venv/bin/python -m bench.engine MODEL.gguf [--plot docs/engine.svg]
+forward pass; then a second chat turn against its first, and a short prompt's first token while
+others decode. With --plot it draws docs/engine.svg (needs matplotlib). Usage:
+.venv/bin/python -m bench.engine MODEL.gguf [--plot docs/engine.svg]
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
                 flush=True,
             )
     second_turn(engine)
+    first_token_beside(engine, 8)
     if options.plot:
         plot(options.plot, batches, points, bytes_per_token(engine))
 
@@ -177,6 +179,33 @@ def second_turn(engine: PagedEngine) -> None:
     print(
         f"first token of a 1,500-token chat: {times[0]:.2f} s, of its second turn {times[1]:.3f} s,"
         f" {times[0] / times[1]:.1f} times faster"
+    )
+
+
+def first_token_beside(engine: PagedEngine, others: int) -> None:
+    """A prompt of 40 tokens while `others` decode: steps and milliseconds to its first token."""
+    numbers = [submit(engine, prompt(200, 50 + i), 400) for i in range(others)]
+    while len(engine._scheduler.running) < others or any(
+        not s.has_prefilled for s in engine._scheduler.running
+    ):
+        engine.step()
+    counts, times = [], []
+    for go in range(20):
+        number = submit(engine, prompt(PROMPT, 1000 + go), 4)
+        began, steps = time.perf_counter(), 0
+        while number not in engine._requests or not engine._requests[number].sequences[0].drawn:
+            engine.step()
+            steps += 1
+        times.append(1000 * (time.perf_counter() - began))
+        counts.append(steps)
+        while number in engine._requests:
+            engine.step()
+    for number in numbers:
+        engine.cancel(number)
+    finish(engine)
+    print(
+        f"first token of a {PROMPT}-token prompt while {others} others decode: {max(counts)} steps "
+        f"at most, {statistics.median(times):.0f} ms (median)"
     )
 
 

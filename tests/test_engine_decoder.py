@@ -13,7 +13,7 @@ from llvmlite import binding
 from torch import nn
 
 from serve.engine import decoder
-from serve.engine.attention_jit import compile_attention
+from serve.engine.attention_jit import compile_attention, compile_placing
 from serve.engine.blocks import Floats, blocks, packed
 from serve.engine.products_jit import instructions, tile_product
 from tests.engine_models import VOCABULARY, ended, engine_of, ids_of, request, run_all, tiny
@@ -105,6 +105,7 @@ def test_a_block_of_zeros_is_exact() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 3, 32)])
 def test_attention_over_scattered_runs_matches_float64(heads: int, kv_heads: int, dim: int) -> None:
     attend, group = compile_attention(heads, kv_heads, dim), heads // kv_heads
+    place = compile_placing(heads, kv_heads, dim, False)
     pieces = [[(0, 7), (40, 3)], [(20, 1)], [(64, 32), (8, 12), (30, 5)]]
     store = plain(128, 2 * kv_heads * dim).reshape(128, 2, kv_heads, dim)
     tokens = plain(3, (heads + 2 * kv_heads) * dim).reshape(3, -1, dim)
@@ -123,9 +124,9 @@ def test_attention_over_scattered_runs_matches_float64(heads: int, kv_heads: int
     starts, lengths = np.ascontiguousarray(flat)
     scale, norms = np.float32(0.3), np.zeros((2, 0), np.float32)
     for t in range(3):
+        place(t, tokens, cos, sin, store, slots, norms, np.float32(0))
         for h in range(kv_heads):
-            attend(t, h, tokens, cos, sin, store, slots, first, starts, lengths, scale, norms,
-                   np.float32(0), scores, out)  # fmt: skip
+            attend(t, h, tokens, store, first, starts, lengths, scale, scores, out)
     for t, runs in enumerate(pieces):
         seen = np.concatenate([np.arange(start, start + size) for start, size in runs])
         assert seen[-1] == slots[t]
@@ -165,6 +166,7 @@ def test_answers_are_those_of_generate_where_inputs_stay_exact(
 ) -> None:
     """Prompts in chunks beside decodes, preemption, sequences that join and leave."""
     monkeypatch.setattr(decoder, "_TERMS", 3)
+    monkeypatch.setattr(decoder, "_SHORT", 20)  # prompts of both kinds
     model = on_a_grid(tiny(family))
     engine = engine_of(model, packs_weights=True, kv_cache_gb=0.0005)
     assert model.forward.__func__ is decoder.Decoder.forward

@@ -31,7 +31,7 @@ _Part = tuple[Tensor, Tensor]  # attention over some keys [1, H, t, D], and its 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Where some decodes' new tokens go and what each of them sees: token t is written to slot
+    """Where a step's new tokens go and what each of them sees: token t is written to slot
     `slots[t]` and sees the `lengths[r]` slots from `starts[r]` on, for r from `first[t]` to
     `first[t + 1]`."""
 
@@ -99,18 +99,21 @@ class CpuBackend(TorchBackend):
             found[layer] = (group, store[depth].numpy())
         return found
 
-    def runs(self, low: int, high: int) -> list[Runs]:
-        """For each group where the step's decodes `low` to `high` are written and what they see."""
+    def runs(self, sequences: int) -> list[Runs]:
+        """For each group where the step's first `sequences` write and what each of their tokens
+        sees."""
         layout, found = self.layout, []
+        rows = sum(layout.counts[:sequences])
         for group, window in enumerate(self.windows):
             pieces = [
-                self._runs(layout.tables[i][group], layout.starts[i], 1, window)
-                for i in range(low, high)
+                self._runs(layout.tables[i][group], place, 1, window)
+                for i in range(sequences)
+                for place in range(layout.starts[i], layout.starts[i] + layout.counts[i])
             ]
             flat = np.array([run for runs in pieces for run in runs], np.int64).reshape(-1, 2).T
             first = np.zeros(len(pieces) + 1, np.int64)
             np.cumsum([len(runs) for runs in pieces], out=first[1:])
-            slots = self._slots[group][low:high].numpy()
+            slots = self._slots[group][:rows].numpy()
             found.append(Runs(slots, first, *np.ascontiguousarray(flat)))
         return found
 

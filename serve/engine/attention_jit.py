@@ -1,4 +1,4 @@
-"""One row's attention to one head of the cache, compiled: norm, turn, write, attend.
+"""One row's attention, compiled: norm, turn, write; then the keys of one head of the cache.
 
 torch's attention costs 50 us a call on one thread and 170 on two, whatever it computes, and a step
 of 32 sequences over 30 layers makes a thousand calls. Here it is a function that Numba compiles for
@@ -45,41 +45,44 @@ def exponential() -> Any:
     return relaxed(exp2)
 
 
-def compile_attention(heads: int, kv_heads: int, dim: int, has_norms: bool = False) -> Any:
-    """attend(row, head, packed, cos, sin, store, slots, first, starts, lengths, scale, norms,
-    epsilon, scores, out), for one row and one head of the cache.
+def compile_placing(heads: int, kv_heads: int, dim: int, has_norms: bool) -> Any:
+    """place(row, packed, cos, sin, store, slots, norms, epsilon): one row's queries and keys are
+    turned in place and its keys and values written to the cache.
 
-    `packed` [T, heads + 2 kv heads, dim] is queries, keys, values of one new token each, turned in
-    place by `cos` and `sin` [T, dim] after RMSNorm with `norms` [2, dim], queries' and keys', where
-    the model has them; `store` [slots, 2, kv heads, dim] is a layer's cache; `out` [T, heads, dim].
-    Token t is written to `slots[t]` and sees the `lengths[r]` slots from `starts[r]` on for r from
-    `first[t]` to `first[t + 1]`. `scores` [heads that share a cached one, most keys] is scratch."""
+    `packed` [T, heads + 2 kv heads, dim] is queries, keys, values of one token each, turned by
+    `cos` and `sin` [T, dim] after RMSNorm with `norms` [2, dim], queries' and keys', where the
+    model has them. `store` [slots, 2, kv heads, dim] is a layer's cache, `slots[row]` the place."""
+    turn, norm = _turning(dim), _norming(dim)
+
+    def place(row, packed, cos, sin, store, slots, norms, epsilon):
+        token, written = packed[row], store[slots[row]]
+        for h in range(heads + kv_heads):
+            if has_norms:
+                norm(token[h], norms[0 if h < heads else 1], epsilon)
+            turn(token[h], cos[row], sin[row])
+        for h in range(kv_heads):
+            for d in range(dim):
+                written[0, h, d] = token[heads + h, d]
+                written[1, h, d] = token[heads + kv_heads + h, d]
+
+    return relaxed(place)
+
+
+def compile_attention(heads: int, kv_heads: int, dim: int) -> Any:
+    """attend(row, head, packed, store, first, starts, lengths, scale, scores, out): what one row's
+    queries see through one head of the cache, to `out` [T, heads, dim].
+
+    Row t sees the `lengths[r]` slots of `store` from `starts[r]` on for r from `first[t]` to
+    `first[t + 1]`. `scores` [heads that share a cached one, most keys] is scratch."""
     group = heads // kv_heads
-    turn = _turning(dim)
-    norm = _norming(dim)
-    score = _scoring(group, dim)
-    soften = _softening()
-    gather = _gathering(group, dim)
+    score, soften, gather = _scoring(group, dim), _softening(), _gathering(group, dim)
     log2e = float32(1.4426950408889634)
 
-    def attend(row, head, packed, cos, sin, store, slots, first, starts, lengths, scale, norms,
-               epsilon, scores, out):  # fmt: skip
-        token, low = packed[row], head * group
-        key = token[heads + head]
-        if has_norms:
-            norm(key, norms[1], epsilon)
-            for h in range(low, low + group):
-                norm(token[h], norms[0], epsilon)
-        turn(key, cos[row], sin[row])
-        for h in range(low, low + group):
-            turn(token[h], cos[row], sin[row])
-        written = store[slots[row]]
-        for d in range(dim):
-            written[0, head, d] = key[d]
-            written[1, head, d] = token[heads + kv_heads + head, d]
+    def attend(row, head, packed, store, first, starts, lengths, scale, scores, out):
+        low = head * group
         begins = starts[first[row] : first[row + 1]]
         sizes = lengths[first[row] : first[row + 1]]
-        count = score(token[low : low + group], store, head, begins, sizes, scores)
+        count = score(packed[row, low : low + group], store, head, begins, sizes, scores)
         for g in range(group):
             soften(scores[g], count, scale * log2e)
         gather(store, head, begins, sizes, scores, out[row, low : low + group])

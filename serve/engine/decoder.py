@@ -1,11 +1,11 @@
-"""A CPU's decode steps without torch's hundreds of small operations.
+"""A CPU's decodes and short prompts without torch's hundreds of small operations.
 
-All rows of a step go through all layers in one compiled function (step_jit.py), which every core
-runs at the same time on pieces of the same products. Prompts go through the stock model as before;
-both share the cache. A product's inputs are rounded to 8 bits, which enlarges the last bit's
-differences between two ways to compute a prompt until draws differ; so in a step with a seeded
-request they are kept as precise as float32. Stands in for the model's forward (runner.py puts it
-there); knows no requests.
+Their rows go through all layers in one compiled function (step_jit.py), which every core runs at
+the same time on pieces of the same products. Long prompts go through the stock model; both share
+the cache. A product's inputs are rounded to 8 bits, which enlarges the last bit's differences
+between two ways to compute a prompt until draws differ; so in a step with a seeded request they are
+kept as precise as float32. Stands in for the model's forward (runner.py puts it there); knows no
+requests.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from serve.engine import blocks, step_jit
+from serve.engine.attention import Layout
 from serve.engine.attention_cpu import CpuBackend, Runs
 from serve.engine.blocks import BLOCK, TILE, Floats
 from serve.engine.modules import JoinedLayer
@@ -37,6 +38,7 @@ MODELS = frozenset(
 )
 _TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
+_SHORT = 256  # tokens of a prompt, with what of it is in the cache
 _MIN_BYTES = 1 << 14  # of a layer's smallest product, for each thread
 
 
@@ -101,14 +103,19 @@ class Decoder:
         backend = kwargs.get("paged")
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
             return self._stock(*args, **kwargs)
-        count = backend.layout.decodes
-        if not count:
+        layout = backend.layout
+        sequences = _computable(layout)
+        if not sequences:
             return self._stock(**kwargs)
+        count = sum(layout.counts[:sequences])
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
         keep: Tensor = kwargs["logits_to_keep"]
-        logits = self._decode(ids[:count], positions[:count], backend, keep[keep < count])
+        terms = _EXACT_TERMS if layout.is_exact else _TERMS
+        runs, stores = backend.runs(sequences), _stores(backend, self._numbers)
+        step = self._begun(ids[:count], positions[:count], keep[keep < count], runs, terms)
+        logits = self._computed(step._replace(stores=stores))
         if count < ids.shape[0]:
-            backend.begin(backend.layout.after(count))
+            backend.begin(layout.after(sequences))
             kwargs |= {
                 "input_ids": ids[None, count:],
                 "position_ids": positions[None, count:],
@@ -117,16 +124,28 @@ class Decoder:
             logits = torch.cat([logits, self._stock(**kwargs).logits[0]])
         return SimpleNamespace(logits=logits[None])
 
-    def _decode(self, ids: Tensor, positions: Tensor, backend: CpuBackend, drawn: Tensor) -> Tensor:
-        """[rows that draw, vocabulary]"""
+    def _begun(
+        self, ids: Tensor, positions: Tensor, drawn: Tensor, runs: Sequence[Runs], terms: int
+    ) -> Step:
         hidden = self._embedding[ids.numpy()]
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
         cos, sin = (part[0].numpy() for part in turn)
-        terms = _EXACT_TERMS if backend.layout.is_exact else _TERMS
-        runs = backend.runs(0, len(hidden))
-        step = self._room(len(hidden), drawn.shape[0], terms, max(_longest(run) for run in runs))
-        step = _placed(step, runs, _stores(backend, self._numbers))
-        step = step._replace(hidden=hidden, cos=cos, sin=sin, drawn=drawn.numpy())
+        longest = max(_longest(run) for run in runs)
+        step = self._room(len(hidden), drawn.shape[0], terms, longest)
+        before = np.cumsum([0, *(len(run.starts) for run in runs[:-1])])
+        return step._replace(
+            hidden=hidden,
+            cos=cos,
+            sin=sin,
+            drawn=drawn.numpy(),
+            slots=np.stack([run.slots for run in runs]),
+            first=np.stack([run.first + low for run, low in zip(runs, before, strict=True)]),
+            starts=np.concatenate([run.starts for run in runs]),
+            lengths=np.concatenate([run.lengths for run in runs]),
+        )
+
+    def _computed(self, step: Step) -> Tensor:
+        """[rows that draw, vocabulary]"""
         for thread in range(1, self._threads):
             self._pool.submit(self._step, self._weights, step, thread)
         self._step(self._weights, step, 0)
@@ -172,6 +191,15 @@ class Decoder:
         )
 
 
+def _computable(layout: Layout) -> int:
+    """How many of a step's sequences, from the first on, are decodes or short prompts. In a long
+    one each token would read many keys alone, which the stock model's attention reads together."""
+    count = layout.decodes
+    while count < len(layout.counts) and layout.starts[count] + layout.counts[count] <= _SHORT:
+        count += 1
+    return count
+
+
 def cores() -> int:
     """How many the process may use: those it sees, or fewer where a container's share is less."""
     seen = os.cpu_count() or 1
@@ -189,18 +217,6 @@ def _floats(*shape: int) -> Floats:
 def _longest(runs: Runs) -> int:
     """The most keys that one row sees."""
     return int(np.add.reduceat(runs.lengths, runs.first[:-1]).max())
-
-
-def _placed(step: Step, runs: Sequence[Runs], stores: np.ndarray[Any, Any]) -> Step:
-    """With where its tokens go and what they see; the groups' runs one behind the other."""
-    before = np.cumsum([0, *(len(run.starts) for run in runs[:-1])])
-    return step._replace(
-        stores=stores,
-        slots=np.stack([run.slots for run in runs]),
-        first=np.stack([run.first + low for run, low in zip(runs, before, strict=True)]),
-        starts=np.concatenate([run.starts for run in runs]),
-        lengths=np.concatenate([run.lengths for run in runs]),
-    )
 
 
 def _stores(backend: CpuBackend, layers: Sequence[int]) -> np.ndarray[Any, Any]:

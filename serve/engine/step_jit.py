@@ -1,6 +1,7 @@
-"""One decode step of a Llama-like model as one compiled function that several threads call at once.
+"""A step's rows through a Llama-like model: one compiled function that several threads call.
 
-    for each layer:  norm | q k v | attend | round | out | norm | gate, up | round | down
+    for each layer:  norm | q, k, v | turn, write | attend | round | out
+                     norm | gate, up | round | down
 
 Work is taken, not dealt: each of these phases has some pieces, a thread takes the next free one
 until none is left, and goes on when all are done. So every weight is read once a step, by one
@@ -27,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 from numba import float32, int8
 
-from serve.engine.attention_jit import compile_attention, exponential, relaxed
+from serve.engine.attention_jit import compile_attention, compile_placing, exponential, relaxed
 from serve.engine.blocks import BLOCK, TILE
 from serve.engine.products_jit import fetch, fetch_add, give_way, pause, pointer, tile_product
 
-PHASES = 9  # of a layer
+PHASES = 10  # of a layer
 LAST_PHASES = 2
 COUNTER = 128  # bytes of a phase's counters, pieces taken and pieces done: two cache lines
 ROWS = 8  # at most so many of a product's rows at a time
@@ -111,7 +112,7 @@ def compile_step(shape: Shape, instructions: str) -> Any:
     round_block = _round_block()
     round_norm, round_rows = _norm_rounding(round_block), _row_rounding(round_block)
     round_gated = _gated_rounding(round_block, shape.hidden)
-    attend = _attending(shape)
+    place, attend = _placing(shape), _attending(shape)
 
     def step(weights, step, thread):
         rows, drawn = step.every.shape[0], step.drawn.shape[0]
@@ -121,13 +122,14 @@ def compile_step(shape: Shape, instructions: str) -> Any:
             m, n = 4 * layer, 2 * layer
             round_norm(at, step, step.every, weights, n, thread)
             multiply(at + COUNTER, step, rows, weights, m, step.packed, thread)
-            attend(at + 2 * COUNTER, step, weights, layer, thread)
-            round_rows(at + 3 * COUNTER, step, thread)
-            multiply(at + 4 * COUNTER, step, rows, weights, m + 1, step.hidden, thread)
-            round_norm(at + 5 * COUNTER, step, step.every, weights, n + 1, thread)
-            multiply(at + 6 * COUNTER, step, rows, weights, m + 2, step.gated, thread)
-            round_gated(at + 7 * COUNTER, step, thread)
-            multiply(at + 8 * COUNTER, step, rows, weights, m + 3, step.hidden, thread)
+            place(at + 2 * COUNTER, step, weights, layer)
+            attend(at + 3 * COUNTER, step, weights, layer, thread)
+            round_rows(at + 4 * COUNTER, step, thread)
+            multiply(at + 5 * COUNTER, step, rows, weights, m + 1, step.hidden, thread)
+            round_norm(at + 6 * COUNTER, step, step.every, weights, n + 1, thread)
+            multiply(at + 7 * COUNTER, step, rows, weights, m + 2, step.gated, thread)
+            round_gated(at + 8 * COUNTER, step, thread)
+            multiply(at + 9 * COUNTER, step, rows, weights, m + 3, step.hidden, thread)
             at += PHASES * COUNTER
         round_norm(at, step, step.drawn, weights, 2 * layers, thread)
         multiply(at + COUNTER, step, drawn, weights, 4 * layers, step.logits, thread)
@@ -316,33 +318,41 @@ def _gated_rounding(round_block: Any, hidden: int) -> Any:
     return relaxed(round_gated)
 
 
+def _placing(shape: Shape) -> Any:
+    kv_heads, dim = shape.kv_heads, shape.dim
+    place = compile_placing(shape.heads, kv_heads, dim, shape.has_head_norms)
+
+    def place_all(counter, step, weights, layer):
+        group, address, slots = step.stores[layer]
+        store = numba.carray(pointer(address), (slots, 2, kv_heads, dim), np.float32)
+        norms, rows = weights.head_norms[layer], step.every.shape[0]
+        places = step.slots[group]
+        row = fetch_add(counter)
+        while row < rows:
+            place(row, step.split, step.cos, step.sin, store, places, norms, weights.head_epsilon)
+            _done(counter)
+            row = fetch_add(counter)
+        _wait(counter, rows)
+
+    return relaxed(place_all)
+
+
 def _attending(shape: Shape) -> Any:
     kv_heads, dim = shape.kv_heads, shape.dim
-    attend = compile_attention(shape.heads, kv_heads, dim, shape.has_head_norms)
+    attend = compile_attention(shape.heads, kv_heads, dim)
 
     def attend_all(counter, step, weights, layer, thread):
         group, address, slots = step.stores[layer]
         store = numba.carray(pointer(address), (slots, 2, kv_heads, dim), np.float32)
+        scores, first = step.scores[thread], step.first[group]
         pieces = step.every.shape[0] * kv_heads
         piece = fetch_add(counter)
         while piece < pieces:
+            row, head = piece // kv_heads, piece % kv_heads
             attend(
-                piece // kv_heads,
-                piece % kv_heads,
-                step.split,
-                step.cos,
-                step.sin,
-                store,
-                step.slots[group],
-                step.first[group],
-                step.starts,
-                step.lengths,
-                weights.scale,
-                weights.head_norms[layer],
-                weights.head_epsilon,
-                step.scores[thread],
-                step.seen_heads,
-            )
+                row, head, step.split, store, first, step.starts, step.lengths, weights.scale,
+                scores, step.seen_heads,
+            )  # fmt: skip
             _done(counter)
             piece = fetch_add(counter)
         _wait(counter, pieces)
