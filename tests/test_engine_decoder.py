@@ -104,7 +104,7 @@ def test_a_block_of_zeros_is_exact() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 3, 32)])
 def test_attention_over_scattered_runs_matches_float64(heads: int, kv_heads: int, dim: int) -> None:
-    attend, group = compile_attention(heads, kv_heads, dim), heads // kv_heads
+    attend = compile_attention(heads, kv_heads, dim)
     place = compile_placing(heads, kv_heads, dim, False)
     pieces = [[(0, 7), (40, 3)], [(20, 1)], [(64, 32), (8, 12), (30, 5)]]
     store = plain(128, 2 * kv_heads * dim).reshape(128, 2, kv_heads, dim)
@@ -119,14 +119,14 @@ def test_attention_over_scattered_runs_matches_float64(heads: int, kv_heads: int
     )
     out = np.full((3, heads, dim), np.nan, np.float32)
     flat = np.array([piece for runs in pieces for piece in runs]).T
-    scores = np.empty((group, 64), np.float32)
+    scores = np.empty((heads, 64), np.float32)
     first = np.array([0, 2, 3, 6])
     starts, lengths = np.ascontiguousarray(flat)
     scale, norms = np.float32(0.3), np.zeros((2, 0), np.float32)
     for t in range(3):
         place(t, tokens, cos, sin, store, slots, norms, np.float32(0))
-        for h in range(kv_heads):
-            attend(t, h, tokens, store, first, starts, lengths, scale, scores, out)
+        for low, high in ((0, 1), (1, kv_heads)):
+            attend(t, low, high, tokens, store, first, starts, lengths, scale, scores, out)
     for t, runs in enumerate(pieces):
         seen = np.concatenate([np.arange(start, start + size) for start, size in runs])
         assert seen[-1] == slots[t]

@@ -69,23 +69,22 @@ def compile_placing(heads: int, kv_heads: int, dim: int, has_norms: bool) -> Any
 
 
 def compile_attention(heads: int, kv_heads: int, dim: int) -> Any:
-    """attend(row, head, packed, store, first, starts, lengths, scale, scores, out): what one row's
-    queries see through one head of the cache, to `out` [T, heads, dim].
+    """attend(row, begin, end, packed, store, first, starts, lengths, scale, scores, out): what one
+    row's queries see through the cached heads `begin` to `end`, to `out` [T, heads, dim].
 
     Row t sees the `lengths[r]` slots of `store` from `starts[r]` on for r from `first[t]` to
-    `first[t + 1]`. `scores` [heads that share a cached one, most keys] is scratch."""
+    `first[t + 1]`. `scores` [heads, most keys] is scratch."""
     group = heads // kv_heads
     score, soften, gather = _scoring(group, dim), _softening(), _gathering(group, dim)
     log2e = float32(1.4426950408889634)
 
-    def attend(row, head, packed, store, first, starts, lengths, scale, scores, out):
-        low = head * group
+    def attend(row, begin, end, packed, store, first, starts, lengths, scale, scores, out):
         begins = starts[first[row] : first[row + 1]]
         sizes = lengths[first[row] : first[row + 1]]
-        count = score(packed[row, low : low + group], store, head, begins, sizes, scores)
-        for g in range(group):
-            soften(scores[g], count, scale * log2e)
-        gather(store, head, begins, sizes, scores, out[row, low : low + group])
+        count = score(packed[row], store, begin, end, begins, sizes, scores)
+        for h in range(begin * group, end * group):
+            soften(scores[h], count, scale * log2e)
+        gather(store, begin, end, begins, sizes, scores, out[row])
 
     return relaxed(attend)
 
@@ -117,16 +116,17 @@ def _turning(dim: int) -> Any:
 def _scoring(group: int, dim: int) -> Any:
     zero = float32(0.0)
 
-    def score(query, store, head, starts, lengths, scores):
+    def score(query, store, begin, end, starts, lengths, scores):
         count = 0
         for r in range(starts.shape[0]):
             for slot in range(starts[r], starts[r] + lengths[r]):
-                key = store[slot, 0, head]
-                for g in range(group):
-                    total = zero
-                    for d in range(dim):
-                        total += query[g, d] * key[d]
-                    scores[g, count] = total
+                for head in range(begin, end):
+                    key = store[slot, 0, head]
+                    for h in range(head * group, head * group + group):
+                        total = zero
+                        for d in range(dim):
+                            total += query[h, d] * key[d]
+                        scores[h, count] = total
                 count += 1
         return count
 
@@ -154,16 +154,17 @@ def _softening() -> Any:
 def _gathering(group: int, dim: int) -> Any:
     zero = float32(0.0)
 
-    def gather(store, head, starts, lengths, scores, out):
-        out[:] = zero
+    def gather(store, begin, end, starts, lengths, scores, out):
+        out[begin * group : end * group] = zero
         count = 0
         for r in range(starts.shape[0]):
             for slot in range(starts[r], starts[r] + lengths[r]):
-                value = store[slot, 1, head]
-                for g in range(group):
-                    weight = scores[g, count]
-                    for d in range(dim):
-                        out[g, d] += weight * value[d]
+                for head in range(begin, end):
+                    value = store[slot, 1, head]
+                    for h in range(head * group, head * group + group):
+                        weight = scores[h, count]
+                        for d in range(dim):
+                            out[h, d] += weight * value[d]
                 count += 1
 
     return relaxed(gather)

@@ -39,6 +39,7 @@ MODELS = frozenset(
 _TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
 _SHORT = 256  # tokens of a prompt, with what of it is in the cache
+_MARGIN = 256  # tokens that rows may grow by before new arrays are made
 _MIN_BYTES = 1 << 14  # of a layer's smallest product, for each thread
 
 
@@ -79,15 +80,17 @@ class Decoder:
         )
         smallest = min(linear.weight.numel() for linear in _projections(first))
         self._threads = max(1, min(cores(), smallest // 2 // _MIN_BYTES))
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="decode")
         compiled = step_jit.compile_step(self._shape, kind)
         self._packed: list[blocks.Packed] = []
         self._weights = _weights_without_matrices(model)
-        compiling = self._pool.submit(compiled, self._weights, self._room(0, 0, 1, 1), 0)
+        self._last = self._room(0, 0, 1, 1)
+        compiling = self._pool.submit(compiled, self._weights, self._last, 0)
         for weight in _matrices(model):
             self._packed.append(blocks.packed(blocks.blocks(weight)))
         self._weights = self._weights._replace(matrices=_table(self._packed, _matrices(model)))
         self._numbers = [layer.layer for layer in layers]
+        self._stores: np.ndarray[Any, Any] | None = None
         compiling.result()
         self._step = compiled
         self._model = model
@@ -111,9 +114,11 @@ class Decoder:
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
         keep: Tensor = kwargs["logits_to_keep"]
         terms = _EXACT_TERMS if layout.is_exact else _TERMS
-        runs, stores = backend.runs(sequences), _stores(backend, self._numbers)
+        if self._stores is None:
+            self._stores = _stores(backend, self._numbers)
+        runs = backend.runs(sequences)
         step = self._begun(ids[:count], positions[:count], keep[keep < count], runs, terms)
-        logits = self._computed(step._replace(stores=stores))
+        logits = self._computed(step._replace(stores=self._stores))
         if count < ids.shape[0]:
             backend.begin(layout.after(sequences))
             kwargs |= {
@@ -131,7 +136,7 @@ class Decoder:
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
         cos, sin = (part[0].numpy() for part in turn)
         longest = max(_longest(run) for run in runs)
-        step = self._room(len(hidden), drawn.shape[0], terms, longest)
+        step = self._room_again(len(hidden), drawn.shape[0], terms, longest)
         before = np.cumsum([0, *(len(run.starts) for run in runs[:-1])])
         return step._replace(
             hidden=hidden,
@@ -151,6 +156,19 @@ class Decoder:
         self._step(self._weights, step, 0)
         return torch.from_numpy(step.logits[:, : self._vocabulary])
 
+    def _room_again(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
+        """The last step's arrays, where they fit: new ones come from the system page by page. Its
+        counters are not taken over: a thread that is late may still look at them."""
+        last = self._last
+        held = (len(last.every), len(last.logits), last.terms)
+        if held != (rows, drawn, terms) or last.scores.shape[2] < longest:
+            self._last = last = self._room(rows, drawn, terms, longest + _MARGIN)
+        return last._replace(counters=self._counters())
+
+    def _counters(self) -> np.ndarray[Any, Any]:
+        phases = len(self._packed) // 4 * step_jit.PHASES + step_jit.LAST_PHASES
+        return np.zeros(phases * step_jit.COUNTER, np.uint8)
+
     def _room(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
         """A step's arrays, those that it reads empty."""
         shape = self._shape
@@ -158,7 +176,6 @@ class Decoder:
         widest = max(shape.width, attended, shape.hidden)
         lines = terms * max(rows, drawn)
         packed, seen = _floats(rows, shape.joined), _floats(rows, attended)
-        layers = len(self._packed) // 4
         vocabulary = self._packed[-1].data.shape[0] * TILE if self._packed else 0
         places = np.empty((1, 0), np.int64)
         return Step(
@@ -184,10 +201,8 @@ class Decoder:
             scales=_floats(lines * widest // BLOCK * 2),
             cells=_floats(self._threads, BLOCK),
             tiles=_floats(self._threads, step_jit.ROWS, TILE),
-            scores=_floats(self._threads, shape.heads // shape.kv_heads, longest),
-            counters=np.zeros(
-                (layers * step_jit.PHASES + step_jit.LAST_PHASES) * step_jit.COUNTER, np.uint8
-            ),
+            scores=_floats(self._threads, shape.heads, longest),
+            counters=self._counters(),
         )
 
 

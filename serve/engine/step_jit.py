@@ -345,16 +345,19 @@ def _attending(shape: Shape) -> Any:
         group, address, slots = step.stores[layer]
         store = numba.carray(pointer(address), (slots, 2, kv_heads, dim), np.float32)
         scores, first = step.scores[thread], step.first[group]
-        pieces = step.every.shape[0] * kv_heads
+        rows = step.every.shape[0]
+        # A row's heads lie side by side in the cache: few rows are cut by heads, many are not.
+        parts = 1 if rows >= 2 * step.threads else kv_heads
         piece = fetch_add(counter)
-        while piece < pieces:
-            row, head = piece // kv_heads, piece % kv_heads
+        while piece < rows * parts:
+            row, part = piece // parts, piece % parts
+            begin, end = part * kv_heads // parts, (part + 1) * kv_heads // parts
             attend(
-                row, head, step.split, store, first, step.starts, step.lengths, weights.scale,
+                row, begin, end, step.split, store, first, step.starts, step.lengths, weights.scale,
                 scores, step.seen_heads,
             )  # fmt: skip
             _done(counter)
             piece = fetch_add(counter)
-        _wait(counter, pieces)
+        _wait(counter, rows * parts)
 
     return relaxed(attend_all)
