@@ -16,6 +16,7 @@ BLOCK = 32
 TILE = 16  # outputs side by side in one vector
 LARGEST = 60_000.0  # what scales and offsets, kept as fp16, can hold
 _ALIGNED = 64
+_SAMPLED = 32
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -51,15 +52,22 @@ def blocks(weight: Floats, least_bits: int = 4) -> Blocks:
     as in GGUF: 16 levels from the smallest value to the largest, or 16 multiples of an eighth of
     the largest magnitude; Q8_0: multiples of a 127th of it."""
     cells = weight.reshape(weight.shape[0], -1, BLOCK)
+    for form in (_q4_1, _q4_0) if least_bits <= 4 else ():
+        # Most that are not of this form show it in a few rows.
+        if form(cells[:_SAMPLED]).is_exact and (made := form(cells)).is_exact:
+            return made
+    return _rounded(cells, np.maximum(-cells.min(-1), cells.max(-1)) / 127, None, 8)
+
+
+def _q4_1(cells: Floats) -> Blocks:
+    lowest = cells.min(-1)
+    return _rounded(cells, (cells.max(-1) - lowest) / 15, lowest, 4)
+
+
+def _q4_0(cells: Floats) -> Blocks:
     lowest, highest = cells.min(-1), cells.max(-1)
-    if least_bits <= 4:
-        eighths = np.where(-lowest > highest, -lowest, -highest) / 8
-        for scales, offsets in (((highest - lowest) / 15, lowest), (eighths, -8 * eighths)):
-            made = _rounded(cells, scales, offsets, 4)
-            if made.is_exact:
-                return made
-    scales = np.maximum(-lowest, highest) / 127
-    return _rounded(cells, scales, None, 8)
+    eighths = np.where(-lowest > highest, -lowest, -highest) / 8
+    return _rounded(cells, eighths, -8 * eighths, 4)
 
 
 def _rounded(cells: Floats, scales: Floats, offsets: Floats | None, bits: int) -> Blocks:
@@ -73,10 +81,11 @@ def _rounded(cells: Floats, scales: Floats, offsets: Floats | None, bits: int) -
     inexact = (cells - wide) / scales[..., None]
     levels = np.rint(inexact)
     most = 2**bits - 1
-    is_exact = bool(np.abs(levels - inexact).max() <= 1e-3) and bool(
-        levels.min() >= 0 and levels.max() <= most
-    )
-    return Blocks(bits, np.clip(levels, 0, most).astype(np.uint8), halves, shifts, is_exact)
+    inside = levels.min() >= 0 and levels.max() <= most
+    inexact -= levels
+    is_exact = bool(inside and max(inexact.max(), -inexact.min()) <= 1e-3)
+    np.clip(levels, 0, most, out=levels)
+    return Blocks(bits, levels.astype(np.uint8), halves, shifts, is_exact)
 
 
 def packed(found: Blocks) -> Packed:

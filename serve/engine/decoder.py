@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve.engine import blocks, step_jit
+from serve.engine import blocks
 from serve.engine.attention import Layout
 from serve.engine.attention_cpu import CpuBackend, Runs
-from serve.engine.blocks import BLOCK, TILE, Floats
+from serve.engine.blocks import BLOCK, Floats
 from serve.engine.modules import JoinedLayer
 from serve.engine.products_jit import instructions
-from serve.engine.step_jit import Shape, Step, Weights
+from serve.engine.step import Places, Shape, Step, Weights, new_counters, new_step
+from serve.engine.step_jit import compile_step
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,37 @@ MODELS = frozenset(
 _TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
 _SHORT = 256  # tokens of a prompt, with what of it is in the cache
+_KEPT = 64  # rows of a step whose arrays are kept for the next
 _MARGIN = 256  # tokens that rows may grow by before new arrays are made
 _MIN_BYTES = 1 << 14  # of a layer's smallest product, for each thread
+
+
+def begin_compiling(model: Any) -> Future[Any] | None:
+    """On a thread of its own, while the stock model's layers are joined; None where there will be
+    no use for it."""
+    kind = instructions()
+    if kind is None or type(model).__name__ not in MODELS or model.dtype != torch.float32:
+        return None
+    layers = model.model.layers
+    if sum(weight.numel() for weight in layers.parameters()) < _MIN_WEIGHTS:
+        return None
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+    compiling = pool.submit(compile_step, _shape(model, layers[0]), kind)
+    pool.shutdown(wait=False)
+    return compiling
+
+
+def _shape(model: Any, stock: Any) -> Shape:
+    attention = stock.self_attn
+    return Shape(
+        heads=attention.q_proj.out_features // attention.head_dim,
+        kv_heads=attention.k_proj.out_features // attention.head_dim,
+        dim=attention.head_dim,
+        width=attention.o_proj.out_features,
+        hidden=stock.mlp.gate_proj.out_features,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
+        has_head_norms=hasattr(attention, "q_norm"),
+    )
 
 
 def fits(model: Any) -> bool:
@@ -65,38 +95,24 @@ def _projections(layer: JoinedLayer) -> tuple[Any, ...]:
 class Decoder:
     """`model` after modules.py has joined its layers. Its forward afterwards: `forward`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compiling: Future[Any] | None = None) -> None:
         began = time.monotonic()
-        layers = list(model.model.layers)
-        first, kind = layers[0], instructions()
+        kind = instructions()
         assert kind is not None, "fits() was not asked"
-        self._shape = Shape(
-            heads=first.heads,
-            kv_heads=first.kv_heads,
-            dim=first.dim,
-            width=first.out.weight.shape[0],
-            hidden=first.hidden,
-            has_head_norms=first.q_norm is not None,
-        )
-        smallest = min(linear.weight.numel() for linear in _projections(first))
+        layers = list(model.model.layers)
+        self._shape = _shape(model, layers[0].stock)
+        smallest = min(linear.weight.numel() for linear in _projections(layers[0]))
         self._threads = max(1, min(cores(), smallest // 2 // _MIN_BYTES))
         self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="decode")
-        compiled = step_jit.compile_step(self._shape, kind)
-        self._packed: list[blocks.Packed] = []
-        self._weights = _weights_without_matrices(model)
-        self._last = self._room(0, 0, 1, 1)
-        compiling = self._pool.submit(compiled, self._weights, self._last, 0)
-        for weight in _matrices(model):
-            self._packed.append(blocks.packed(blocks.blocks(weight)))
-        self._weights = self._weights._replace(matrices=_table(self._packed, _matrices(model)))
+        self._packed = [blocks.packed(blocks.blocks(weight)) for weight in _matrices(model)]
+        self._weights = _weights(model, _table(self._packed, _matrices(model)))
+        self._last = new_step(self._shape, self._threads)
         self._numbers = [layer.layer for layer in layers]
-        self._stores: np.ndarray[Any, Any] | None = None
-        compiling.result()
-        self._step = compiled
+        self._stores: Places | None = None
         self._model = model
         self._stock = model.forward
         self._embedding = model.get_input_embeddings().weight.detach().numpy()
-        self._vocabulary = int(model.lm_head.weight.shape[0])
+        self._step = compiling.result() if compiling else compile_step(self._shape, kind)
         seconds = time.monotonic() - began
         log.info("Decode steps: %s, %d threads; made in %.1f s", kind, self._threads, seconds)
 
@@ -136,7 +152,7 @@ class Decoder:
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
         cos, sin = (part[0].numpy() for part in turn)
         longest = max(_longest(run) for run in runs)
-        step = self._room_again(len(hidden), drawn.shape[0], terms, longest)
+        step = self._room(len(hidden), drawn.shape[0], terms, longest)
         before = np.cumsum([0, *(len(run.starts) for run in runs[:-1])])
         return step._replace(
             hidden=hidden,
@@ -154,56 +170,25 @@ class Decoder:
         for thread in range(1, self._threads):
             self._pool.submit(self._step, self._weights, step, thread)
         self._step(self._weights, step, 0)
-        return torch.from_numpy(step.logits[:, : self._vocabulary])
-
-    def _room_again(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
-        """The last step's arrays, where they fit: new ones come from the system page by page. Its
-        counters are not taken over: a thread that is late may still look at them."""
-        last = self._last
-        held = (len(last.every), len(last.logits), last.terms)
-        if held != (rows, drawn, terms) or last.scores.shape[2] < longest:
-            self._last = last = self._room(rows, drawn, terms, longest + _MARGIN)
-        return last._replace(counters=self._counters())
-
-    def _counters(self) -> np.ndarray[Any, Any]:
-        phases = len(self._packed) // 4 * step_jit.PHASES + step_jit.LAST_PHASES
-        return np.zeros(phases * step_jit.COUNTER, np.uint8)
+        return torch.from_numpy(step.logits[:, : self._shape.vocabulary])
 
     def _room(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
-        """A step's arrays, those that it reads empty."""
-        shape = self._shape
-        attended = shape.heads * shape.dim
-        widest = max(shape.width, attended, shape.hidden)
-        lines = terms * max(rows, drawn)
-        packed, seen = _floats(rows, shape.joined), _floats(rows, attended)
-        vocabulary = self._packed[-1].data.shape[0] * TILE if self._packed else 0
-        places = np.empty((1, 0), np.int64)
-        return Step(
-            every=np.arange(rows),
-            hidden=_floats(rows, shape.width),
-            cos=_floats(rows, shape.dim),
-            sin=_floats(rows, shape.dim),
-            drawn=places[0],
-            terms=terms,
-            threads=self._threads,
-            stores=np.empty((0, 3), np.int64),
-            slots=places,
-            first=places,
-            starts=places[0],
-            lengths=places[0],
-            packed=packed,
-            split=packed.reshape(rows, shape.heads + 2 * shape.kv_heads, shape.dim),
-            seen=seen,
-            seen_heads=seen.reshape(rows, shape.heads, shape.dim),
-            gated=_floats(rows, 2 * shape.hidden),
-            logits=_floats(drawn, vocabulary),
-            inputs=np.empty(lines * widest, np.int8),
-            scales=_floats(lines * widest // BLOCK * 2),
-            cells=_floats(self._threads, BLOCK),
-            tiles=_floats(self._threads, step_jit.ROWS, TILE),
-            scores=_floats(self._threads, shape.heads, longest),
-            counters=self._counters(),
-        )
+        """The last step's arrays, where they fit: new ones come from the system page by page. Its
+        counters are not taken over: a thread that is late may still look at them."""
+        step = self._last
+        held = (len(step.every), len(step.logits), step.terms)
+        if held != (rows, drawn, terms) or step.scores.shape[2] < longest:
+            step = new_step(
+                self._shape,
+                self._threads,
+                rows=rows,
+                drawn=drawn,
+                terms=terms,
+                longest=longest + _MARGIN,
+            )
+            if rows <= _KEPT:
+                self._last = step
+        return step._replace(counters=new_counters(len(self._numbers)))
 
 
 def _computable(layout: Layout) -> int:
@@ -215,18 +200,14 @@ def _computable(layout: Layout) -> int:
     return count
 
 
-def cores() -> int:
+def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """How many the process may use: those it sees, or fewer where a container's share is less."""
     seen = os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = limit.read_text().split()
         return max(1, min(seen, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return seen
-
-
-def _floats(*shape: int) -> Floats:
-    return np.empty(shape, np.float32)
 
 
 def _longest(runs: Runs) -> int:
@@ -234,7 +215,7 @@ def _longest(runs: Runs) -> int:
     return int(np.add.reduceat(runs.lengths, runs.first[:-1]).max())
 
 
-def _stores(backend: CpuBackend, layers: Sequence[int]) -> np.ndarray[Any, Any]:
+def _stores(backend: CpuBackend, layers: Sequence[int]) -> Places:
     found = backend.stores()
     pairs = [found[layer] for layer in layers]
     return np.array([(group, store.ctypes.data, store.shape[0]) for group, store in pairs])
@@ -247,7 +228,7 @@ def _matrices(model: Any) -> Iterator[Floats]:
     yield model.lm_head.weight.detach().numpy()
 
 
-def _table(packed: Sequence[blocks.Packed], weights: Iterator[Floats]) -> np.ndarray[Any, Any]:
+def _table(packed: Sequence[blocks.Packed], weights: Iterator[Floats]) -> Places:
     """Weights.matrices: every second product of a layer adds to what is there."""
     rows, start = [], 0
     for place, (one, weight) in enumerate(zip(packed, weights, strict=True)):
@@ -260,7 +241,7 @@ def _table(packed: Sequence[blocks.Packed], weights: Iterator[Floats]) -> np.nda
     return np.array(rows, np.int64)
 
 
-def _weights_without_matrices(model: Any) -> Weights:
+def _weights(model: Any, table: Places) -> Weights:
     layers = list(model.model.layers)
     biases = [_biases(layer) for layer in layers]
     norms = [
@@ -269,10 +250,9 @@ def _weights_without_matrices(model: Any) -> Weights:
         for norm in (layer.stock.input_layernorm, layer.stock.post_attention_layernorm)
     ]
     norms.append(model.model.norm)
-    first = layers[0]
     heads = [(layer.q_norm, layer.k_norm) for layer in layers if layer.q_norm is not None]
     return Weights(
-        matrices=np.zeros((1, 6), np.int64),
+        matrices=table,
         biases=np.stack(biases) if any(map(np.any, biases)) else np.zeros((1, 0), np.float32),
         norms=np.stack([_numbers(norm.weight) for norm in norms]),
         head_norms=np.stack([[_numbers(n.weight) for n in pair] for pair in heads])
@@ -280,7 +260,7 @@ def _weights_without_matrices(model: Any) -> Weights:
         else np.zeros((len(layers), 2, 0), np.float32),
         epsilon=np.float32(norms[0].variance_epsilon),
         head_epsilon=np.float32(heads[0][0].variance_epsilon if heads else 0.0),
-        scale=np.float32(first.call.scale),
+        scale=np.float32(layers[0].call.scale),
     )
 
 

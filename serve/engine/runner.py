@@ -214,13 +214,7 @@ def create_runner(
     """Look at the model, size the cache, and make what runs it. The third value is the context
     length that the cache can hold."""
     if device.type == "cpu" and config.fast_layers:
-        modules.install(model, packs=config.packs_weights)
-        if config.packs_weights:
-            # Numba and ONNX Runtime are loaded only where they are used.
-            from serve.engine import decoder
-
-            if decoder.fits(model):
-                model.forward = decoder.Decoder(model).forward
+        _quicken(model, config.packs_weights)
     config = fitted(config, device)
     shapes = probe(model, device)
     has_kernels = device.type == "cuda" and _fits_kernels(model, shapes, device)
@@ -281,6 +275,20 @@ def _tell_context(size: CacheSize, wanted: int, *, is_measured: bool) -> None:
             "some, or name a smaller model or one with smaller weights in MODEL_IDS."
         )
     log.warning("The model's context of %d tokens is cut to the %d that fit.", wanted, held)
+
+
+def _quicken(model: Any, packs_weights: bool) -> None:
+    """A CPU's equivalents of stock layers; and of the whole forward, where the model fits."""
+    if not packs_weights:
+        modules.install(model, packs=False)
+        return
+    # Numba is loaded only where it is used.
+    from serve.engine import decoder
+
+    compiling = decoder.begin_compiling(model)
+    modules.install(model, packs=True)
+    if decoder.fits(model):
+        model.forward = decoder.Decoder(model, compiling).forward
 
 
 def _budget_bytes(

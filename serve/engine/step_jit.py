@@ -19,95 +19,27 @@ Knows arrays and addresses only; made and called by decoder.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 from numba import float32, int8
 
 from serve.engine.attention_jit import compile_attention, compile_placing, exponential, relaxed
 from serve.engine.blocks import BLOCK, TILE
 from serve.engine.products_jit import fetch, fetch_add, give_way, pause, pointer, tile_product
+from serve.engine.step import COUNTER, PHASES, Shape, new_step, no_weights
 
-PHASES = 10  # of a layer
-LAST_PHASES = 2
-COUNTER = 128  # bytes of a phase's counters, pieces taken and pieces done: two cache lines
-ROWS = 8  # at most so many of a product's rows at a time
 _SPINS = 400  # about 20 us
 _PIECES = 4  # of a product, for each thread
-
-Floats = npt.NDArray[np.float32]
-Places = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    heads: int
-    kv_heads: int
-    dim: int
-    width: int
-    hidden: int
-    has_head_norms: bool
-
-    @property
-    def joined(self) -> int:
-        """Width of queries, keys and values side by side."""
-        return (self.heads + 2 * self.kv_heads) * self.dim
-
-
-class Weights(NamedTuple):
-    """`matrices` has (address, bits, outputs, blocks of a row, where its biases begin or -1,
-    whether it adds to what is there) of four products a layer, then the head's. `biases` [layers,
-    outputs of all four], or no column where no product has one. `norms` [2 layers + 1, width],
-    `head_norms` [layers, 2, dim]."""
-
-    matrices: Places
-    biases: Floats
-    norms: Floats
-    head_norms: Floats
-    epsilon: np.float32
-    head_epsilon: np.float32
-    scale: np.float32
-
-
-class Step(NamedTuple):
-    """What one step reads, writes and needs room for. `every` counts its rows; `stores` has (group,
-    address, slots) of each layer's cache; `slots`, `first`, `starts` and `lengths` are those of
-    attention_jit.py for each group; `counters` are zero."""
-
-    every: Places
-    hidden: Floats
-    cos: Floats
-    sin: Floats
-    drawn: Places
-    terms: int
-    threads: int
-    stores: Places
-    slots: Places
-    first: Places
-    starts: Places
-    lengths: Places
-    packed: Floats
-    split: Floats
-    seen: Floats
-    seen_heads: Floats
-    gated: Floats
-    logits: Floats
-    inputs: npt.NDArray[np.int8]
-    scales: Floats
-    cells: Floats
-    tiles: Floats
-    scores: Floats
-    counters: Places
 
 
 @cache
 def compile_step(shape: Shape, instructions: str) -> Any:
     """step(weights, step, thread): to be called by up to `step.threads` threads at once, each with
-    its own number; the logits are there when one of the calls has returned."""
+    its own number; the logits are there when one of the calls has returned. Compiling takes some
+    seconds; it is done when this returns."""
     multiply = _multiplying(_some_rows(instructions))
     round_block = _round_block()
     round_norm, round_rows = _norm_rounding(round_block), _row_rounding(round_block)
@@ -134,7 +66,9 @@ def compile_step(shape: Shape, instructions: str) -> Any:
         round_norm(at, step, step.drawn, weights, 2 * layers, thread)
         multiply(at + COUNTER, step, drawn, weights, 4 * layers, step.logits, thread)
 
-    return relaxed(step)
+    compiled = relaxed(step)
+    compiled(no_weights(shape), new_step(shape, 1), 0)
+    return compiled
 
 
 @relaxed
