@@ -179,19 +179,33 @@ def test_answers_are_those_of_generate_where_inputs_stay_exact(
 
 
 @pytest.mark.usefixtures("small_fit")
-def test_a_seed_gives_the_same_ids_alone_and_beside_others() -> None:
-    engine = engine_of(on_a_grid(tiny("llama")), packs_weights=True)
+def test_a_seed_gives_the_same_ids_whatever_runs_beside_and_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights are rounded here, so that the stock model would give others; prompts are cut as the
+    steps have room; their beginnings are in the cache, computed with and without a seed."""
+    monkeypatch.setattr(decoder, "_SHORT", 8)
+    engine = engine_of(tiny("llama"), packs_weights=True)
     draw = random.Random(3)
     asked = [
-        request([draw.randrange(3, VOCABULARY) for _ in range(9)], seed=n, max_tokens=16)
-        for n in range(4)
+        request([draw.randrange(3, VOCABULARY) for _ in range(5 + 9 * n)], seed=n, max_tokens=16)
+        for n in range(5)
     ]
+    others = [request([*one.prompt.ids, 9], max_tokens=20) for one in asked]
     try:
-        together = [ids_of(messages) for messages in run_all(engine, asked)]
         alone = [ids_of(run_all(engine, [one])[0]) for one in asked]
+        run_all(engine, others)
+        together = [ids_of(messages) for messages in run_all(engine, [*asked, *others])]
     finally:
         engine.close()
-    assert together == alone
+    assert together[: len(asked)] == alone
+    fresh = engine_of(tiny("llama"), packs_weights=True)
+    try:
+        run_all(fresh, others)
+        again = [ids_of(messages) for messages in run_all(fresh, [*others, *asked])]
+    finally:
+        fresh.close()
+    assert again[len(others) :] == alone
 
 
 @pytest.mark.usefixtures("small_fit")

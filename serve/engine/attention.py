@@ -52,8 +52,8 @@ class Layout:
     """One step's packing: sequence i brings `counts[i]` new tokens from position `starts[i]`.
 
     `shifts`, where given, is how far each sequence's rotary positions are off its cache's: pictures
-    take fewer positions than tokens on several axes. `is_exact`: a sequence's draws are to be the
-    same in any batch, so its rows must not be rounded by what stands beside them.
+    take fewer positions than tokens on several axes. `is_exact`: the draws of some sequence are to
+    be the same in any batch; `prompts`, where given, is how long the sequences' prompts are.
     """
 
     starts: list[int]
@@ -64,6 +64,7 @@ class Layout:
     total: int = field(init=False)
     shifts: Sequence[int] = ()
     is_exact: bool = False
+    prompts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.total = sum(self.counts)
@@ -94,16 +95,17 @@ class Layout:
         ]
         return np.concatenate([np.asarray(self.rotary_starts[: self.decodes], np.int64), *places])
 
-    def after(self, sequences: int) -> Layout:
-        """The same step without its first `sequences` sequences."""
+    def only(self, sequences: Sequence[int]) -> Layout:
+        """The same step with some of its sequences, in order."""
         return Layout(
-            starts=self.starts[sequences:],
-            counts=self.counts[sequences:],
-            tables=self.tables[sequences:],
+            starts=[self.starts[i] for i in sequences],
+            counts=[self.counts[i] for i in sequences],
+            tables=[self.tables[i] for i in sequences],
             block_size=self.block_size,
-            decodes=max(0, self.decodes - sequences),
-            shifts=self.shifts[sequences:],
+            decodes=sum(i < self.decodes for i in sequences),
+            shifts=[self.shifts[i] for i in sequences] if self.shifts else (),
             is_exact=self.is_exact,
+            prompts=[self.prompts[i] for i in sequences] if self.prompts else (),
         )
 
     def slots(self, group: int) -> npt.NDArray[np.int64]:

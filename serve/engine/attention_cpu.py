@@ -99,21 +99,19 @@ class CpuBackend(TorchBackend):
             found[layer] = (group, store[depth].numpy())
         return found
 
-    def runs(self, sequences: int) -> list[Runs]:
-        """For each group where the step's first `sequences` write and what each of their tokens
-        sees."""
+    def runs(self) -> list[Runs]:
+        """For each group where the step's tokens are written and what each of them sees."""
         layout, found = self.layout, []
-        rows = sum(layout.counts[:sequences])
         for group, window in enumerate(self.windows):
             pieces = [
                 self._runs(layout.tables[i][group], place, 1, window)
-                for i in range(sequences)
-                for place in range(layout.starts[i], layout.starts[i] + layout.counts[i])
+                for i, start in enumerate(layout.starts)
+                for place in range(start, start + layout.counts[i])
             ]
             flat = np.array([run for runs in pieces for run in runs], np.int64).reshape(-1, 2).T
             first = np.zeros(len(pieces) + 1, np.int64)
             np.cumsum([len(runs) for runs in pieces], out=first[1:])
-            slots = self._slots[group][:rows].numpy()
+            slots = self._slots[group].numpy()
             found.append(Runs(slots, first, *np.ascontiguousarray(flat)))
         return found
 

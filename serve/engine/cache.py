@@ -366,8 +366,10 @@ class KVCache:
 
 
 def _root(sequence: Sequence) -> bytes:
-    """Where a hash chain begins: one tenant's blocks are unknown to every other."""
+    """Where a hash chain begins: one tenant's blocks are unknown to every other, and those of
+    requests with a seed, which a CPU computes more precisely, to those without."""
     generation = sequence.request.generation
     tenant = generation.tenant.encode()
     salt = len(tenant).to_bytes(8, "little") + tenant + generation.prompt.salt
+    salt += b"seeded" if sequence.request.is_seeded else b""
     return hashlib.blake2b(salt, digest_size=16).digest()

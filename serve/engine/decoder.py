@@ -1,11 +1,11 @@
 """A CPU's decodes and short prompts without torch's hundreds of small operations.
 
 Their rows go through all layers in one compiled function (step_jit.py), which every core runs at
-the same time on pieces of the same products. Long prompts go through the stock model; both share
-the cache. A product's inputs are rounded to 8 bits, which enlarges the last bit's differences
-between two ways to compute a prompt until draws differ; so in a step with a seeded request they are
-kept as precise as float32. Stands in for the model's forward (runner.py puts it there); knows no
-requests.
+the same time on pieces of the same products; a row's numbers do not depend on the rows beside it.
+Long prompts go through the stock model; both share the cache. A product's inputs are rounded to 8
+bits, which enlarges the last bit's differences until draws differ; so in a step with a seeded
+request they are kept as precise as float32. Stands in for the model's forward (runner.py puts it
+there); knows no requests.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ MODELS = frozenset(
 _TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
 _SHORT = 256  # tokens of a prompt, with what of it is in the cache
+_SHORT_EXACT = 2048  # tokens of a prompt in a step with a seeded request
 _KEPT = 64  # rows of a step whose arrays are kept for the next
 _MARGIN = 256  # tokens that rows may grow by before new arrays are made
 _MIN_BYTES = 1 << 14  # of a layer's smallest product, for each thread
@@ -122,32 +123,43 @@ class Decoder:
         backend = kwargs.get("paged")
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
             return self._stock(*args, **kwargs)
-        layout = backend.layout
-        sequences = _computable(layout)
-        if not sequences:
+        layout, rows = backend.layout, _own_rows(backend.layout)
+        ids, positions, keep = (
+            kwargs["input_ids"][0],
+            kwargs["position_ids"][0],
+            kwargs["logits_to_keep"],
+        )
+        if rows.all():
+            return SimpleNamespace(logits=self._logits(ids, positions, keep, backend)[None])
+        if not rows.any():
             return self._stock(**kwargs)
-        count = sum(layout.counts[:sequences])
-        ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
-        keep: Tensor = kwargs["logits_to_keep"]
-        terms = _EXACT_TERMS if layout.is_exact else _TERMS
-        if self._stores is None:
-            self._stores = _stores(backend, self._numbers)
-        runs = backend.runs(sequences)
-        step = self._begun(ids[:count], positions[:count], keep[keep < count], runs, terms)
-        logits = self._computed(step._replace(stores=self._stores))
-        if count < ids.shape[0]:
-            backend.begin(layout.after(sequences))
-            kwargs |= {
-                "input_ids": ids[None, count:],
-                "position_ids": positions[None, count:],
-                "logits_to_keep": keep[keep >= count] - count,
-            }
-            logits = torch.cat([logits, self._stock(**kwargs).logits[0]])
+        own, drawn = rows.cumsum(0) - 1, rows[keep]
+        logits = torch.empty(len(keep), self._shape.vocabulary)
+        backend.begin(layout.only([i for i in range(len(layout.counts)) if _is_own(layout, i)]))
+        logits[drawn] = self._logits(ids[rows], positions[rows], own[keep[drawn]], backend)
+        backend.begin(layout.only([i for i in range(len(layout.counts)) if not _is_own(layout, i)]))
+        kwargs |= {
+            "input_ids": ids[None, ~rows],
+            "position_ids": positions[None, ~rows],
+            "logits_to_keep": ((~rows).cumsum(0) - 1)[keep[~drawn]],
+        }
+        logits[~drawn] = self._stock(**kwargs).logits[0]
         return SimpleNamespace(logits=logits[None])
 
-    def _begun(
-        self, ids: Tensor, positions: Tensor, drawn: Tensor, runs: Sequence[Runs], terms: int
-    ) -> Step:
+    def _logits(self, ids: Tensor, positions: Tensor, drawn: Tensor, backend: CpuBackend) -> Tensor:
+        """[rows that draw, vocabulary]"""
+        if self._stores is None:
+            self._stores = _stores(backend, self._numbers)
+        step = self._begun(ids, positions, drawn, backend)
+        step = step._replace(stores=self._stores)
+        for thread in range(1, self._threads):
+            self._pool.submit(self._step, self._weights, step, thread)
+        self._step(self._weights, step, 0)
+        return torch.from_numpy(step.logits[:, : self._shape.vocabulary])
+
+    def _begun(self, ids: Tensor, positions: Tensor, drawn: Tensor, backend: CpuBackend) -> Step:
+        terms = _EXACT_TERMS if backend.layout.is_exact else _TERMS
+        runs = backend.runs()
         hidden = self._embedding[ids.numpy()]
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
         cos, sin = (part[0].numpy() for part in turn)
@@ -164,13 +176,6 @@ class Decoder:
             starts=np.concatenate([run.starts for run in runs]),
             lengths=np.concatenate([run.lengths for run in runs]),
         )
-
-    def _computed(self, step: Step) -> Tensor:
-        """[rows that draw, vocabulary]"""
-        for thread in range(1, self._threads):
-            self._pool.submit(self._step, self._weights, step, thread)
-        self._step(self._weights, step, 0)
-        return torch.from_numpy(step.logits[:, : self._shape.vocabulary])
 
     def _room(self, rows: int, drawn: int, terms: int, longest: int) -> Step:
         """The last step's arrays, where they fit: new ones come from the system page by page. Its
@@ -191,13 +196,21 @@ class Decoder:
         return step._replace(counters=new_counters(len(self._numbers)))
 
 
-def _computable(layout: Layout) -> int:
-    """How many of a step's sequences, from the first on, are decodes or short prompts. In a long
-    one each token would read many keys alone, which the stock model's attention reads together."""
-    count = layout.decodes
-    while count < len(layout.counts) and layout.starts[count] + layout.counts[count] <= _SHORT:
-        count += 1
-    return count
+def _own_rows(layout: Layout) -> Tensor:
+    """Which of a step's rows are computed here."""
+    own = [_is_own(layout, i) for i in range(len(layout.counts))]
+    return torch.from_numpy(np.repeat(own, layout.counts))
+
+
+def _is_own(layout: Layout, sequence: int) -> bool:
+    """Decodes and short prompts: in a long one each token would read many keys alone, which the
+    stock model's attention reads together. Where draws are to be the same in any batch, how a
+    prompt was cut must not decide."""
+    if sequence < layout.decodes:
+        return True
+    if layout.is_exact:
+        return layout.prompts[sequence] <= _SHORT_EXACT
+    return layout.starts[sequence] + layout.counts[sequence] <= _SHORT
 
 
 def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -192,6 +192,7 @@ class Runner:
             decodes=next((i for i, c in enumerate(chunks) if c.count > 1), len(chunks)),
             shifts=shifts,
             is_exact=any(chunk.sequence.request.is_seeded for chunk in chunks),
+            prompts=[chunk.sequence.request.prompt_length for chunk in chunks],
         )
 
 
