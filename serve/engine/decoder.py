@@ -53,10 +53,12 @@ def begin_compiling(model: Any) -> Future[Any] | None:
     if kind is None or type(model).__name__ not in MODELS or model.dtype != torch.float32:
         return None
     layers = model.model.layers
-    if sum(weight.numel() for weight in layers.parameters()) < _MIN_WEIGHTS:
+    stock = layers[0].stock if isinstance(layers[0], JoinedLayer) else layers[0]
+    is_small = sum(weight.numel() for weight in layers.parameters()) < _MIN_WEIGHTS
+    if is_small or type(stock.self_attn.q_proj) is not torch.nn.Linear:
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
-    compiling = pool.submit(compile_step, _shape(model, layers[0]), kind)
+    compiling = pool.submit(compile_step, _shape(model, stock), kind)
     pool.shutdown(wait=False)
     return compiling
 
@@ -124,20 +126,17 @@ class Decoder:
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
             return self._stock(*args, **kwargs)
         layout, rows = backend.layout, _own_rows(backend.layout)
-        ids, positions, keep = (
-            kwargs["input_ids"][0],
-            kwargs["position_ids"][0],
-            kwargs["logits_to_keep"],
-        )
+        ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
+        keep: Tensor = kwargs["logits_to_keep"]
         if rows.all():
             return SimpleNamespace(logits=self._logits(ids, positions, keep, backend)[None])
         if not rows.any():
             return self._stock(**kwargs)
-        own, drawn = rows.cumsum(0) - 1, rows[keep]
+        own, drawn, sequences = rows.cumsum(0) - 1, rows[keep], range(len(layout.counts))
         logits = torch.empty(len(keep), self._shape.vocabulary)
-        backend.begin(layout.only([i for i in range(len(layout.counts)) if _is_own(layout, i)]))
+        backend.begin(layout.only([i for i in sequences if _is_own(layout, i)]))
         logits[drawn] = self._logits(ids[rows], positions[rows], own[keep[drawn]], backend)
-        backend.begin(layout.only([i for i in range(len(layout.counts)) if not _is_own(layout, i)]))
+        backend.begin(layout.only([i for i in sequences if not _is_own(layout, i)]))
         kwargs |= {
             "input_ids": ids[None, ~rows],
             "position_ids": positions[None, ~rows],
@@ -150,8 +149,7 @@ class Decoder:
         """[rows that draw, vocabulary]"""
         if self._stores is None:
             self._stores = _stores(backend, self._numbers)
-        step = self._begun(ids, positions, drawn, backend)
-        step = step._replace(stores=self._stores)
+        step = self._begun(ids, positions, drawn, backend)._replace(stores=self._stores)
         for thread in range(1, self._threads):
             self._pool.submit(self._step, self._weights, step, thread)
         self._step(self._weights, step, 0)
