@@ -3,8 +3,9 @@
 Their rows go through all layers in one compiled function (step_jit.py), which every core runs at
 the same time on pieces of the same products; a row's numbers do not depend on the rows beside it.
 Long prompts go through the stock model; both share the cache. A product's inputs are rounded to 8
-bits, which enlarges the last bit's differences until draws differ; so in a step with a seeded
-request they are kept as precise as float32. Stands in for the model's forward (runner.py puts it
+bits. One rounding is enough for decodes; a prompt's many rows lose too much by it, so what it left
+is rounded again; and where draws are to be the same in any batch a third time, which is as precise
+as float32. Stands in for the model's forward (runner.py puts it
 there); knows no requests.
 """
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 MODELS = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-_TERMS, _EXACT_TERMS = 1, 3  # roundings of a product's inputs
+_TERMS, _PROMPT_TERMS, _EXACT_TERMS = 1, 2, 3  # roundings of a product's inputs
 _MIN_WEIGHTS = 10_000_000  # building takes seconds; a smaller model is fast either way
 _SHORT = 256  # tokens of a prompt, with what of it is in the cache
 _SHORT_EXACT = 2048  # tokens of a prompt in a step with a seeded request
@@ -156,7 +157,11 @@ class Decoder:
         return torch.from_numpy(step.logits[:, : self._shape.vocabulary])
 
     def _begun(self, ids: Tensor, positions: Tensor, drawn: Tensor, backend: CpuBackend) -> Step:
-        terms = _EXACT_TERMS if backend.layout.is_exact else _TERMS
+        terms, layout = _TERMS, backend.layout
+        if layout.is_exact:
+            terms = _EXACT_TERMS
+        elif layout.decodes < len(layout.counts):
+            terms = max(_TERMS, _PROMPT_TERMS)
         runs = backend.runs()
         hidden = self._embedding[ids.numpy()]
         turn = self._model.model.rotary_emb(torch.from_numpy(hidden)[None], positions[None])
