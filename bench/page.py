@@ -37,7 +37,7 @@ OUR_FIRST = f"#early-text, {OURS}"  # what one may type into and send from, from
 STOCK = "textarea[data-testid=textbox]"
 TOKENS = 2000
 USERS, USER_TOKENS = 32, 200
-Reader = Callable[[httpx.AsyncClient, str], Awaitable[float]]
+Reader = Callable[[httpx.AsyncClient, str, int], Awaitable[float]]
 
 
 # ---- what is measured in the browser ----
@@ -277,10 +277,7 @@ def stop_latency(browser: Browser, url: str) -> float:
 def stream_bytes(url: str) -> tuple[float, float]:
     """Bytes down and seconds for each token of one page turn of 500 tokens at 100 a second."""
     client = httpx.Client(base_url=url, timeout=60)
-    config = client.get("config").json()
-    index = next(
-        d["id"] for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"])
-    )
+    index = submit_index(client.get("config").json())
     turn = {"answer": "a", "question": "q", "text": "count 500", "options": {}, "history": []}
     body = {"data": [{"text": "", "files": []}, turn, None], "fn_index": index,
             "session_hash": "bench", "trigger_id": None}  # fmt: skip
@@ -305,16 +302,19 @@ def slowdown(url: str, reader: Reader) -> float:
 async def crowd(url: str, reader: Reader, users: int) -> float:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        runs = (reader(client, f"user{n}of{users}") for n in range(users))
+        index = submit_index((await client.get("config")).json())
+        runs = (reader(client, f"user{n}of{users}", index) for n in range(users))
         return statistics.median(await asyncio.gather(*runs))
 
 
-async def our_reader(client: httpx.AsyncClient, name: str) -> float:
+def submit_index(config: Any) -> int:
+    """The number of the event that a message in the box starts."""
+    dependencies = config["dependencies"]
+    return int(next(d["id"] for d in dependencies if any(t[1] == "submit" for t in d["targets"])))
+
+
+async def our_reader(client: httpx.AsyncClient, name: str, index: int) -> float:
     """Seconds for one turn, asked as the page asks."""
-    config = (await client.get("config")).json()
-    index = next(
-        d["id"] for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"])
-    )
     text = f"walk {USER_TOKENS}"
     turn = {"answer": "a", "question": "q", "text": text, "options": {}, "history": []}
     body = {"data": [{"text": "", "files": []}, turn, None], "fn_index": index,
@@ -325,7 +325,7 @@ async def our_reader(client: httpx.AsyncClient, name: str) -> float:
     return time.monotonic() - began
 
 
-async def stock_reader(client: httpx.AsyncClient, name: str) -> float:
+async def stock_reader(client: httpx.AsyncClient, name: str, _index: int) -> float:
     """Seconds for one call of the stock page's public endpoint."""
     began = time.monotonic()
     body = {"data": [f"walk {USER_TOKENS}"], "session_hash": name}

@@ -210,6 +210,24 @@ def test_stop_ends_the_work_at_once_and_keeps_what_was_said(
     assert reader.ask("hello") == ANSWERS["hello"]
 
 
+@pytest.mark.parametrize("moment", ["before the server knows", "while the server is told"])
+def test_a_stop_that_comes_before_the_answer_stops_the_work_too(
+    reader: Reader, server: PageServer, moment: str
+) -> None:
+    page = reader.page
+    page.route("**/queue/join*", lambda route: (time.sleep(0.2), route.continue_()))
+    page.fill(BOX, "hang")
+    page.press(BOX, "Enter")
+    if moment == "while the server is told":
+        page.wait_for_function("() => window.chatPage.parts.chat.run.turn")
+    page.keyboard.press("Escape")
+    reader.wait_for_end()
+    page.unroute("**/queue/join*")
+    assert server.engine.wait_until_idle(AT_ONCE)
+    assert reader.ask("hello") == ANSWERS["hello"]
+    assert server.engine.wait_until_idle(AT_ONCE)
+
+
 def test_an_answer_that_was_stopped_can_go_on(reader: Reader, server: PageServer) -> None:
     reader.send("hang")
     expect(reader.last.locator(".words")).to_have_text("And then ")
@@ -245,6 +263,28 @@ def test_an_edited_question_keeps_the_old_one_and_its_answer(reader: Reader) -> 
     reader.page.get_by_label("Previous version").click()
     expect(reader.page.locator(".turn")).to_have_count(4)
     assert reader.answer() == "You said: second question"
+
+
+def test_while_an_answer_is_written_an_edit_and_a_retry_wait_and_nothing_typed_is_lost(
+    reader: Reader,
+) -> None:
+    page, hint = reader.page, reader.page.locator("#hint")
+    reader.ask("hello")
+    reader.send("hang")
+    expect(reader.last.locator(".words")).to_have_text("And then ")
+    page.locator(".turn.assistant").first.get_by_label("Retry").click()
+    expect(hint).to_have_text("An answer is being written. Esc stops it.")
+    page.locator(".turn.user").first.get_by_label("Edit").click()
+    page.locator(".editor textarea").fill("said otherwise")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".editor")).to_have_count(1)
+    page.locator("#composer .stop-button").click()
+    reader.wait_for_end()
+    expect(page.locator(".editor textarea")).to_have_value("said otherwise")
+    page.locator(".editor .primary").click()
+    expect(page.locator(".turn")).to_have_count(2)
+    reader.wait_for_end()
+    assert reader.answer() == "You said: said otherwise"
 
 
 def test_arrow_up_in_an_empty_box_edits_the_last_question(reader: Reader) -> None:
@@ -490,6 +530,29 @@ def test_an_export_can_be_imported_elsewhere(
         bad.write_text('{"format": "something else"}')
         other.page.set_input_files("#panel-chats input[type=file]", str(bad))
         expect(other.page.locator("#chats-note")).to_contain_text("not an export")
+
+
+def test_what_another_tab_has_said_in_the_same_conversation_is_kept(reader: Reader) -> None:
+    reader.ask("hello")
+    reader.page.evaluate("""async () => {
+        const { store, chat } = window.chatPage.parts;
+        const tab = await store.constructor.open();
+        const there = await tab.get(chat.conversation.id);
+        there.nodes.other = { id: "other", parent: there.leaf, role: "user", text: "in the other",
+            state: "done", time: Date.now() };
+        there.nodes[there.leaf].text += " And more.";
+        await tab.put({ ...there, leaf: "other" });
+    }""")
+    reader.ask("in this one")
+    nodes = reader.stored()[0]["nodes"].values()
+    assert [node["text"] for node in sorted(nodes, key=lambda node: node["time"])] == [
+        "hello",
+        ANSWERS["hello"] + " And more.",
+        "in the other",
+        "in this one",
+        "You said: in this one",
+    ]
+    expect(reader.page.locator(".turn.user").last.locator(".versions")).to_contain_text("2/2")
 
 
 def test_a_reload_while_an_answer_is_written_keeps_what_there_was(

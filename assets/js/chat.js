@@ -10,6 +10,7 @@ import { dataAddress } from "./store.js";
 const SAVE_EVERY = 1500;
 const LEFT = "page-left";
 const LARGEST_PICTURE = 4_000_000;
+const ENDED = ["done", "stopped", "failed"];
 
 export class Chat {
   constructor(store, settings, bridge) {
@@ -20,10 +21,12 @@ export class Chat {
     this.synced = new Set();
     this.run = null; // {conversation, node, question, since, last}
     this.pending = null; // a turn to send when Gradio asks for it
+    this.unheard = ""; // an answer that was stopped before the server had said anything of it
+    this.cancelled = 0; // when that, or a running one, was last stopped
     this.saved = 0;
     this.startNew();
     bridge.onprepare = (box, turn, memory) => this.prepare(box, turn, memory);
-    bridge.onbroken = () => this.lose("connection_lost");
+    bridge.onbroken = () => this.#broken();
     bridge.onnews = (snapshot) => this.news(snapshot);
   }
 
@@ -106,9 +109,15 @@ export class Chat {
     return this.run !== null;
   }
 
+  /** Whether something may be asked now; while an answer is written the reader is told why not. */
+  isFree() {
+    if (this.isRunning) this.view.busy();
+    return !this.isRunning;
+  }
+
   /** A new question of words alone. It goes out once Gradio is there to take it. */
   say(text) {
-    if (this.isRunning || !text.trim()) return;
+    if (!text.trim() || !this.isFree()) return;
     const question = this.#question(text, []);
     this.#send({ answer: this.run.node.id, question: question.id, parent: question.parent, text });
   }
@@ -120,6 +129,7 @@ export class Chat {
 
   /** The question said otherwise: a sibling, with the same files, answered. */
   edit(question, text) {
+    if (!this.isFree()) return;
     const node = this.#add({ role: "user", parent: question.parent, text, files: question.files });
     const files = question.files?.length ? question.id : "";
     this.#ask(node, { parent: question.parent, text, keep_files_of: files });
@@ -135,7 +145,7 @@ export class Chat {
 
   /** Go on where an answer was cut. */
   goOn(answer) {
-    if (this.isRunning) return;
+    if (!this.isFree()) return;
     answer.state = "running";
     answer.error = null;
     this.#begin(answer);
@@ -144,6 +154,7 @@ export class Chat {
 
   /** Answer the question again, with the conversation read from `first` on. */
   readFrom(first, answer) {
+    if (!this.isFree()) return;
     this.conversation.nodes[answer.parent].first = first.id;
     this.retry(answer);
   }
@@ -155,7 +166,7 @@ export class Chat {
   }
 
   #ask(question, said) {
-    if (this.isRunning) return;
+    if (!this.isFree()) return;
     const answer = this.#add({ role: "assistant", parent: question.id, state: "running" });
     this.#begin(answer);
     this.view.askedAgain(question);
@@ -187,7 +198,7 @@ export class Chat {
     if (this.pending) {
       const turn = this.pending;
       this.pending = null;
-      return [{ text: "", files: [] }, await this.#whole(turn), memory];
+      return [{ text: "", files: [] }, this.#orNothing(await this.#whole(turn)), memory];
     }
     const text = box?.text ?? "";
     const files = box?.files ?? [];
@@ -199,7 +210,12 @@ export class Chat {
     const { id, parent } = question;
     const whole = await this.#whole({ answer: this.run.node.id, question: id, parent, text });
     kept.then(() => this.save(this.run?.conversation ?? this.conversation));
-    return [{ text: "", files }, whole, memory];
+    return [{ text: "", files }, this.#orNothing(whole), memory];
+  }
+
+  /** The turn, unless it was stopped while it was put together. */
+  #orNothing(turn) {
+    return this.run?.node.id === turn.answer ? turn : { noop: true };
   }
 
   #question(text, files) {
@@ -269,8 +285,12 @@ export class Chat {
 
   news(snapshot) {
     const { run } = this;
-    if (!run || snapshot?.turn !== run.node.id) return;
+    if (!run || snapshot?.turn !== run.node.id) {
+      if (snapshot && snapshot.turn === this.unheard) this.#cancel();
+      return;
+    }
     run.last = Date.now();
+    run.isHeard = true;
     if (snapshot.phase === "need_history") {
       this.synced.clear();
       const { turn } = run;
@@ -278,7 +298,7 @@ export class Chat {
       return;
     }
     this.#take(run, snapshot);
-    if (["done", "stopped", "failed"].includes(snapshot.phase)) this.#end(snapshot.phase);
+    if (ENDED.includes(snapshot.phase)) this.#end(snapshot.phase);
     else if (Date.now() - this.saved > SAVE_EVERY) this.save(run.conversation);
   }
 
@@ -326,14 +346,23 @@ export class Chat {
   }
 
   stop() {
-    if (!this.run) return;
-    this.bridge.slot?.trigger("stop");
-    this.stopped();
+    const { run, pending } = this;
+    if (!run) return;
+    if (run.isHeard) this.#cancel();
+    // Gradio can cancel only what the server has taken: its first news will be the time.
+    else if (run.turn && !pending) this.unheard = run.node.id;
+    this.#end("stopped");
   }
 
-  /** The reader stopped it, here or with Gradio's own button. */
-  stopped() {
-    if (this.run) this.#end("stopped");
+  #cancel() {
+    this.unheard = "";
+    this.cancelled = Date.now();
+    this.bridge.slot?.trigger("stop");
+  }
+
+  /** Gradio says so of what was cancelled, too. */
+  #broken() {
+    if (!this.pending && Date.now() - this.cancelled > 1000) this.lose("connection_lost");
   }
 
   /** The answer will not come: the server is gone, was restarted, or refused the request. */

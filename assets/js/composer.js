@@ -50,8 +50,7 @@ export class Composer {
 
   /** Send the words in the box; while an answer is written they stay there. */
   say() {
-    if (this.chat.isRunning) byId("hint").textContent = t("still_running");
-    else this.chat.say(this.area.value);
+    this.chat.say(this.area.value);
   }
 
   /** From here on what is sent in the first box is a question; so is what was sent before. */
@@ -95,7 +94,7 @@ export class Composer {
     box.addEventListener("keypress", (event) => this.#enter(event), true);
     box.addEventListener("input", () => this.#keepDraft());
     box.addEventListener("click", (event) => {
-      if (event.target.closest(".stop-button")) this.chat.stopped();
+      if (event.target.closest(".stop-button")) this.#ours(event, () => this.chat.stop());
       if (event.target.closest(".upload-button, .delete-button")) this.#forgetFile();
       if (event.target.closest(".submit-button") && !this.#hasFiles()) this.#ours(event);
     }, true);
@@ -167,10 +166,10 @@ export class Composer {
     return Boolean(byId("composer").querySelector(".thumbnails, .thumbnail-item, .loader, progress"));
   }
 
-  #ours(event) {
+  #ours(event, act = () => this.say()) {
     event.preventDefault();
     event.stopImmediatePropagation();
-    this.say();
+    act();
   }
 
   #keepDraft() {

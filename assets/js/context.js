@@ -19,7 +19,7 @@ export function drawContext(chat, size) {
   place.style.setProperty("--share", `${share * 360}deg`);
   place.classList.toggle("full", share > 0.8);
   place.replaceChildren(el("span", { className: "ring", aria: { hidden: "true" } }),
-    t("context", { used: short(used), size: short(size) }));
+    el("span", { className: "name" }, t("context_name")), t("context", { used: short(used), size: short(size) }));
   place.title = t(share > 0.8 ? "context_full" : "context_hint");
 }
 

@@ -69,6 +69,9 @@ function viewOf(page) {
     askedAgain: (question) => {
       if (composer.area.value === question.text) composer.fill(""); // it was given back
     },
+    busy: () => {
+      byId("hint").textContent = t("still_running");
+    },
     runChanged: () => {
       composer.running(page.chat.isRunning);
       transcript.drawAll();

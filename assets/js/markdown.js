@@ -181,7 +181,7 @@ const isShown = (token) => token.type !== "space";
 
 function list(token, isComplete) {
   const properties = token.ordered ? { start: Number(token.start) || 0 } : {};
-  const items = token.items.map((item) => el("li", {}, ...itemContent(item, isComplete)));
+  const items = token.items.map((item) => el("li", { className: item.task ? "task" : "" }, ...itemContent(item, isComplete)));
   return el(token.ordered ? "ol" : "ul", properties, ...items);
 }
 

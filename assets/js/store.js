@@ -5,6 +5,8 @@
 
 const NAME = "chat-page";
 
+const settled = (result) => (result instanceof IDBRequest ? request(result) : result);
+
 function request(asked) {
   return new Promise((resolve, reject) => {
     asked.onsuccess = () => resolve(asked.result);
@@ -37,8 +39,7 @@ export class Store {
   async #do(name, mode, work) {
     if (this.memory) return work(new MemoryShelf(this.memory[name]));
     const transaction = this.database.transaction(name, mode);
-    const result = work(transaction.objectStore(name));
-    return result instanceof IDBRequest ? request(result) : result;
+    return settled(work(transaction.objectStore(name)));
   }
 
   /** All conversations, the latest first. */
@@ -51,8 +52,12 @@ export class Store {
     return this.#do("conversations", "readonly", (shelf) => shelf.get(id));
   }
 
+  /** Another tab may have written meanwhile: what was said there is taken in, not written over. */
   put(conversation) {
-    return this.#do("conversations", "readwrite", (shelf) => shelf.put(structuredClone(conversation)));
+    return this.#do("conversations", "readwrite", async (shelf) => {
+      takeIn(conversation.nodes, (await settled(shelf.get(conversation.id)))?.nodes ?? {});
+      await settled(shelf.put(structuredClone(conversation)));
+    });
   }
 
   async remove(id) {
@@ -112,6 +117,14 @@ class MemoryShelf {
   }
   delete(id) {
     this.map.delete(id);
+  }
+}
+
+/** Nodes are only ever added, and answers only grow: of two the longer is the newer. */
+function takeIn(ours, theirs) {
+  for (const [id, node] of Object.entries(theirs)) {
+    if (!ours[id]) ours[id] = node;
+    else if (ours[id].text.length < node.text.length) Object.assign(ours[id], node);
   }
 }
 

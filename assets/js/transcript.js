@@ -29,7 +29,8 @@ export class Transcript {
     this.turns = new Map();
     const nodes = path.map((node) => {
       const known = before.get(node.id);
-      const turn = known?.shown === fingerprint(node, this.chat) ? known : this.#turn(node);
+      const isSame = known?.shown === fingerprint(node, this.chat) || isEdited(known);
+      const turn = isSame ? known : this.#turn(node);
       this.turns.set(node.id, turn);
       return turn;
     });
@@ -48,7 +49,7 @@ export class Transcript {
 
   redraw(node) {
     const old = this.turns.get(node.id);
-    if (!old) return;
+    if (!old || isEdited(old)) return;
     const fresh = this.#turn(node);
     this.turns.set(node.id, fresh);
     old.replaceWith(fresh);
@@ -121,11 +122,16 @@ export class Transcript {
 
   #fillQuestion(turn, node) {
     if (node.files?.length) turn.append(this.#files(node.files));
-    if (node.text) turn.append(el("div", { className: "bubble" }, node.text));
+    if (node.text) turn.append(this.#bubble(node.text));
     turn.append(el("div", { className: "actions" },
       this.#copyButton(node),
       iconButton("edit", t("edit"), () => this.editTurn(node)),
       this.#versions(node)));
+  }
+
+  /** A long text has a scroll bar of its own, which the keyboard must reach. */
+  #bubble(text) {
+    return el("div", { className: "bubble", tabIndex: text.length > 1000 ? 0 : null }, text);
   }
 
   #files(files) {
@@ -211,9 +217,10 @@ export class Transcript {
     goOn.addEventListener("click", () => chat.goOn(node));
     const isWhole = node.state === "done";
     return [
-      node.text ? this.#copyButton(node) : null,
-      isWhole ? iconButton("retry", t("retry"), () => chat.retry(node)) : retry,
+      isWhole ? null : retry,
       canGoOn ? goOn : null,
+      node.text ? this.#copyButton(node) : null,
+      isWhole ? iconButton("retry", t("retry"), () => chat.retry(node)) : null,
       node.text ? iconButton("edit", t("edit"), () => this.editTurn(node)) : null,
       this.#versions(node),
       el("span", { className: "stats" }, statsLine(node)),
@@ -259,14 +266,23 @@ export class Transcript {
     const done = () => {
       editor.remove();
       turn.classList.remove("editing");
+      this.redraw(node); // what has changed meanwhile
+    };
+    const cancel = () => {
+      done();
+      this.turns.get(node.id)?.querySelector(".actions button")?.focus();
     };
     const save = () => {
-      if (this.chat.isRunning || !area.value.trim()) return;
+      if (!area.value.trim() || !this.chat.isFree()) return;
       done();
       if (isQuestion) this.chat.edit(node, area.value);
       else this.chat.rewrite(node, area.value);
     };
-    area.addEventListener("keydown", (event) => {
+    const editor = el("div", { className: "editor" }, area, el("div", { className: "row" },
+      el("button", { type: "button", className: "primary", on: { click: save } },
+        t(isQuestion ? "send_again" : "keep")),
+      el("button", { type: "button", on: { click: cancel } }, t("cancel"))));
+    editor.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         event.stopPropagation();
         done();
@@ -274,16 +290,15 @@ export class Transcript {
       }
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
     });
-    const editor = el("div", { className: "editor" }, area, el("div", { className: "row" },
-      el("button", { type: "button", className: "primary", on: { click: save } },
-        t(isQuestion ? "send_again" : "keep")),
-      el("button", { type: "button", on: { click: done } }, t("cancel"))));
     turn.classList.add("editing");
     turn.prepend(editor);
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
   }
 }
+
+/** A turn with an open editor is not drawn anew: what is typed there would be lost. */
+const isEdited = (turn) => Boolean(turn?.querySelector(".editor"));
 
 /** What a turn's drawing depends on besides its own text. */
 function fingerprint(node, chat) {

@@ -86,7 +86,7 @@ def create_page(
             api_visibility="private",
         )
         running.failure(None, js=BROKEN, api_visibility="private")
-        gr.on([box.stop, shell.stop], None, cancels=[running], api_visibility="private")
+        shell.stop(None, None, cancels=[running], api_visibility="private")
         shell.clear(None, None, [box], js=FILL_BOX, api_visibility="private")
         add_endpoints(service, visit_of)
     return page
