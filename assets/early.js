@@ -23,6 +23,7 @@
       onnews: null,
       onprepare: null,
       onfill: null,
+      onfiles: null,
       onbroken: null,
       onearly: null,
       early: "", // what was sent before main.js was there to send it
@@ -41,6 +42,9 @@
       },
       fill() {
         return this.onfill();
+      },
+      files(box) {
+        this.onfiles?.(box?.files ?? []);
       },
       /** The first box is in the document (shell.html calls this right behind it). */
       box() {

@@ -26,6 +26,13 @@ pytestmark = [
 # Seconds; a machine that does other things is slow. bench/page.py measures how fast it is.
 AT_ONCE = 5.0
 
+DROP = """(place, text) => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([text], "dropped.txt", { type: "text/plain" }));
+    const event = { dataTransfer, bubbles: true, cancelable: true };
+    place.dispatchEvent(new DragEvent("drop", event));
+}"""
+
 FIDELITY = [
     "call __init__ and __main__.py",
     "2*3*4 = 24, a*b*c",
@@ -373,8 +380,14 @@ def test_files_are_read_as_text_and_a_picture_is_not_in_the_way(
     picture = Path(__file__).parent.parent / "assets" / "favicon.png"
     reader.page.set_input_files("#composer input[type=file]", [str(note), str(picture)])
     expect(reader.page.locator("#dock-notices")).to_contain_text("cannot see images")
+    reader.page.locator("#scroller").evaluate(DROP, "the other word is pear")  # beside the box
+    names = ["note.txt", "favicon.png", "dropped.txt"]
+    for i, name in enumerate(names):
+        button = reader.page.locator("#composer .delete-button").nth(i)
+        expect(button).to_have_accessible_name(f"Remove “{name}”")
     answer = reader.ask("what is it?")
     assert "the secret word is plum" in answer and "what is it?" in answer
+    assert "the other word is pear" in answer
     expect(reader.last.locator(".note")).to_contain_text("Image not used")
     expect(reader.page.locator(".turn.user img.picture")).to_be_visible()
     reader.page.set_input_files("#composer input[type=file]", str(picture))  # once more the same
@@ -618,6 +631,7 @@ def test_a_model_that_could_not_be_loaded_is_told_with_the_reasons(
     server.service.report(Progress("failed", detail="No candidate fits this machine."))
     with Reader(browser, server.url) as who:
         expect(who.page.locator("#banner")).to_contain_text("No model could be loaded.")
+        expect(who.page.locator("#model-name")).to_have_text("scripted/demo")
         expect(who.page.locator("#banner")).to_contain_text("No candidate fits this machine.")
         who.page.locator("#banner summary").click()
         expect(who.page.locator("#banner li")).to_contain_text("needs 40 GB, 8 GB are free")

@@ -115,6 +115,7 @@ def test_after_a_model_that_cannot_be_loaded_everything_is_tried_again(
     page = owner.page
     page.select_option("#model-choice", BROKEN)
     expect(page.locator("#banner")).to_contain_text("No model could be loaded.")
+    expect(page.locator("#model-choice option:checked")).to_have_text("Choose a model")
     page.fill(BOX, "still here")
     page.click("#try-again")
     expect(page.locator("#state-words")).to_have_text("Ready")
@@ -136,3 +137,6 @@ def test_the_chooser_fits_on_a_phone(browser: Browser, server: PageServer) -> No
         for name in ("#model-choice", "#new-chat", "#open-api"):
             box = who.page.locator(name).bounding_box()
             assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360, name
+        assert who.page.locator("#open-api").evaluate(
+            "node => node.scrollWidth <= node.clientWidth"
+        )

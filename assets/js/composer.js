@@ -7,6 +7,7 @@ import { t } from "./texts.js";
 
 const DRAFT = "page-draft";
 const TOLD_SECONDS = 10;
+const isOfFiles = (event) => event.dataTransfer?.types.includes("Files");
 
 export class Composer {
   constructor(chat, bridge, settings, models) {
@@ -16,6 +17,11 @@ export class Composer {
     this.models = models;
     this.sees = null;
     this.told = "";
+    this.names = []; // of the files in the box
+    bridge.onfiles = (files) => {
+      this.names = files.map((file) => file.orig_name ?? "");
+      this.dress();
+    };
     bridge.onfill = () => ({ text: this.area.value, files: [] });
   }
 
@@ -79,7 +85,7 @@ export class Composer {
     const box = byId("composer");
     move();
     byId("early").replaceWith(box);
-    if (value) this.fill(value);
+    this.fill(value); // none, too: Gradio measures its box when something comes into it
     const isFree = focused === document.body && matchMedia("(pointer: fine)").matches;
     if (focused === early || isFree) {
       this.area.focus();
@@ -99,6 +105,17 @@ export class Composer {
       if (event.target.closest(".submit-button") && !this.#hasFiles()) this.#ours(event);
     }, true);
     new MutationObserver(() => this.dress()).observe(box, { childList: true, subtree: true });
+    document.addEventListener("dragover", (event) => isOfFiles(event) && event.preventDefault());
+    document.addEventListener("drop", (event) => this.#drop(event));
+  }
+
+  /** Files dropped beside the box are meant for it; the browser would leave the page for them. */
+  #drop(event) {
+    if (event.defaultPrevented || !isOfFiles(event)) return;
+    event.preventDefault();
+    const input = byId("composer").querySelector('input[type="file"]');
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
   /** Names and hints in the reader's language on what Gradio leaves bare or in English. */
@@ -116,18 +133,33 @@ export class Composer {
     name(".upload-button", t("attach"));
     name(".submit-button", t("send"));
     name(".stop-button", t("stop"));
-    name(".delete-button", t("remove_file"));
     name('.full-container[role="group"]', t("message"));
     name("button.upload-container", t("attach"));
     name('input[type="file"]', t("attach"));
     name(".thumbnails", t("attached_files"));
-    name(".thumbnail-wrapper", t("attached_files"));
+    this.#nameFiles([...box.querySelectorAll(".thumbnail-item")]);
     // A list's item outside a list, for Gradio; a group to who listens.
     for (const node of box.querySelectorAll('[role="listitem"]')) node.setAttribute("role", "group");
     for (const image of box.querySelectorAll("img")) {
       if (image.alt !== "") image.alt = "";
     }
     this.drawNotices();
+  }
+
+  /** Gradio shows a sheet of paper for a file; which one it is only its value tells. */
+  #nameFiles(items) {
+    if (items.length !== this.names.length) this.bridge.slot.trigger("upload");
+    for (const [i, item] of items.entries()) {
+      const name = this.names[i] || t("file");
+      const label = t("remove_file", { name });
+      item.title = name;
+      item.parentElement.setAttribute("aria-label", name);
+      if (!item.querySelector("img")) item.dataset.name = name;
+      for (const button of item.querySelectorAll(".delete-button")) {
+        button.setAttribute("aria-label", label);
+        button.title = label;
+      }
+    }
   }
 
   running(isRunning) {

@@ -201,15 +201,16 @@ async function openConversation(page, id) {
 
 const remember = (page) => localStorage.setItem(LAST, page.chat.conversation.id);
 
+/** `then` comes a moment after the box: amid its making Gradio would empty what is put into it. */
 function whenBoxIsThere(then) {
   if (document.querySelector("#composer textarea")) {
-    then();
+    setTimeout(then);
     return;
   }
   const seen = new MutationObserver(() => {
     if (!document.querySelector("#composer textarea")) return;
     seen.disconnect();
-    then();
+    setTimeout(then);
   });
   seen.observe(document.body, { childList: true, subtree: true });
 }

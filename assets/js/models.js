@@ -48,11 +48,11 @@ export class Models {
     const { now } = this.status;
     const choice = byId("model-choice");
     const shown = now?.wanted || now?.model?.id || "";
-    const ids = [...new Set([...(now?.offered ?? []), shown].filter(Boolean))];
+    const ids = [...new Set([...(now?.offered ?? []), shown])];
     choice.hidden = (now?.offered ?? []).length < 2;
     byId("model-name").hidden = !choice.hidden;
     const sees = (id) => id !== shown && now.seeing.includes(id); // of the shown one the badge says it
-    const label = (id) => (sees(id) ? `${id} (${t("sees")})` : id);
+    const label = (id) => (sees(id) ? `${id} (${t("sees")})` : id || t("choose_model"));
     const key = ids.map((id) => label(id)).join();
     if (choice.key !== key) {
       choice.key = key;

@@ -55,7 +55,7 @@ export class Status {
     byId("shell").dataset.state = this.isLost ? "lost" : now.ready ? "ready" : now.progress.phase;
     const place = byId("state-words");
     if (place.textContent !== words) place.textContent = words;
-    byId("model-name").textContent = now.model?.id ?? now.progress.candidate ?? now.requested;
+    byId("model-name").textContent = now.model?.id ?? (now.progress.candidate || now.requested);
     this.#drawBadge();
     this.#drawBanner();
   }

@@ -32,6 +32,7 @@ STREAM_LOADED = "watch('value', () => window.chatPage.bridge.news(props.value))"
 PREPARE = "(box, turn, memory) => window.chatPage.bridge.prepare(box, turn, memory)"
 BROKEN = "() => window.chatPage.bridge.broken()"
 FILL_BOX = "() => window.chatPage.bridge.fill()"
+FILES = "box => window.chatPage.bridge.files(box)"
 
 
 def create_page(
@@ -88,6 +89,7 @@ def create_page(
         running.failure(None, js=BROKEN, api_visibility="private")
         shell.stop(None, None, cancels=[running], api_visibility="private")
         shell.clear(None, None, [box], js=FILL_BOX, api_visibility="private")
+        shell.upload(None, [box], None, js=FILES, api_visibility="private")
         add_endpoints(service, visit_of)
     return page
 
