@@ -22,6 +22,8 @@ DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
 expect.set_options(timeout=20000)  # a busy machine is slow, not wrong
 BOX = "#dock #composer textarea"
+# A turn that has just been put there shows its text with the next frame (content-visibility).
+DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 FORGET = """async () => {
   const { store, settings, composer } = window.chatPage.parts;
   for (const conversation of await store.list()) await store.remove(conversation.id);
@@ -105,6 +107,7 @@ class Reader:
         )
 
     def answer(self) -> str:
+        self.page.evaluate(DRAWN)
         return self.page.locator(".turn.assistant").last.locator(".words").inner_text()
 
     @property
