@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, FilePayload, expect
 
 from serve.errors import Overloaded
 from serve.values import PassedOver, Progress
@@ -539,10 +539,23 @@ def test_an_export_can_be_imported_elsewhere(
         expect(other.page.locator("#chats-note")).to_have_text("1 imported.")
         other.page.locator("#chat-list .open").click()
         assert other.answer() == ANSWERS["hello"]
-        bad = tmp_path / "bad.json"
-        bad.write_text('{"format": "something else"}')
-        other.page.set_input_files("#panel-chats input[type=file]", str(bad))
-        expect(other.page.locator("#chats-note")).to_contain_text("not an export")
+        chats = json.loads(file.read_text())
+        question, answer = chats["conversations"][0]["nodes"].values()
+        for broken in ({"format": "something else"}, chats):
+            question["parent"] = answer["id"]  # a circle: no beginning would ever be found
+            other.page.set_input_files("#panel-chats input[type=file]", as_json(broken))
+            expect(other.page.locator("#chats-note")).to_contain_text("not an export")
+        question["parent"] = ""
+        answer |= {"stats": {"tokens_per_second": "fast"}, "files": [7], "state": ["?"]}
+        other.page.set_input_files("#panel-chats input[type=file]", as_json(chats))
+        expect(other.page.locator("#chats-note")).to_have_text("1 imported.")
+        other.reload()
+        assert other.answer() == ANSWERS["hello"] and other.errors == []
+
+
+def as_json(value: object) -> FilePayload:
+    data = json.dumps(value).encode()
+    return {"name": "chats.json", "mimeType": "application/json", "buffer": data}
 
 
 def test_what_another_tab_has_said_in_the_same_conversation_is_kept(reader: Reader) -> None:

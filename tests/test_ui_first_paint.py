@@ -64,6 +64,16 @@ def test_the_page_comes_with_our_markup_style_and_script_and_the_right_length() 
     assert "raw.githubusercontent" not in page and 'content="Gradio"' not in page
 
 
+def test_a_links_preview_gets_the_pictures_whole_address() -> None:
+    def picture(**headers: str) -> str:
+        return re.findall(r'og:image" content="([^"]*)"', get("/", **headers)[2].decode())[0]
+
+    assert picture(host="a.test:7860") == "http://a.test:7860/ui/assets/social.png"
+    proxied = picture(host="inside", x_forwarded_host="b.test", x_forwarded_proto="https")
+    assert proxied == "https://b.test/ui/assets/social.png"
+    assert picture(host='"><script>') == "http://&quot;&gt;&lt;script&gt;/ui/assets/social.png"
+
+
 def test_the_page_is_packed_for_who_can_unpack_it() -> None:
     _, head, body = get("/", accept_encoding="gzip, br")
     assert head["content-encoding"] == "gzip" and int(head["content-length"]) == len(body)

@@ -133,15 +133,46 @@ function picturesOf(conversation) {
   return nodes.flatMap((node) => (node.files ?? []).map((f) => f.picture)).filter(Boolean);
 }
 
+// What a node may hold, by type. What a file brings besides is not taken: drawing relies on this.
+const NODE = { role: "string", parent: "string", text: "string", reasoning: "string",
+  state: "string", model: "string", first: "string", time: "number", seen: "number",
+  thought: "number", cut: "boolean", rewritten: "boolean" };
+const LISTS = {
+  files: { name: "string", kind: "string", text: "string", note: "string", picture: "string",
+    size: "number" },
+  calls: { id: "string", name: "string", arguments: "string" },
+  notes: { code: "string", model: "string" },
+};
+const STATS = { prompt_tokens: "number", completion_tokens: "number", cached_tokens: "number",
+  reasoning_tokens: "number", tokens_per_second: "number", first_token_seconds: "number" };
+
+function known(given, kinds) {
+  const names = Object.keys(kinds).filter((name) => typeof given?.[name] === kinds[name]);
+  return Object.fromEntries(names.map((name) => [name, given[name]]));
+}
+
+function checkedNode(given, id) {
+  const node = { time: 0, parent: "", ...known(given, NODE), id };
+  if (!["user", "assistant"].includes(node.role) || node.text === undefined) throw new Error("node");
+  if (!["done", "failed"].includes(node.state)) node.state = "stopped";
+  for (const [name, kinds] of Object.entries(LISTS)) {
+    if (Array.isArray(given[name])) node[name] = given[name].map((part) => known(part, kinds));
+  }
+  if (given.stats) node.stats = known(given.stats, STATS);
+  if (given.error) node.error = known(given.error, { code: "string", message: "string" });
+  return node;
+}
+
 /** An imported conversation with only what we know, or an error. */
 function checked(given) {
   const nodes = {};
-  for (const [id, node] of Object.entries(given.nodes)) {
-    if (!["user", "assistant"].includes(node.role) || typeof node.text !== "string") {
-      throw new Error("node");
+  for (const [id, node] of Object.entries(given.nodes)) nodes[id] = checkedNode(node, id);
+  for (const node of Object.values(nodes)) {
+    let above = node;
+    for (let steps = 0; above.parent; steps += 1) {
+      above = nodes[above.parent];
+      if (!above || steps > Object.keys(nodes).length) throw new Error("parent");
     }
-    if (node.parent && !given.nodes[node.parent]) throw new Error("parent");
-    nodes[id] = { ...node, id, state: node.state === "running" ? "stopped" : node.state };
   }
   if (typeof given.id !== "string") throw new Error("id");
   return {

@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class FirstPaint:
         elif path.startswith(ASSET_ROOT):
             await self._asset(scope, send, path.removeprefix(ASSET_ROOT))
         elif path == "/":
-            await self._app(scope, receive, _Page(send, self._complete, _takes_gzip(scope)))
+            complete = partial(self._complete, address=_address(scope))
+            await self._app(scope, receive, _Page(send, complete, _takes_gzip(scope)))
         else:
             await self._app(scope, receive, send)
 
@@ -105,8 +107,8 @@ class FirstPaint:
 
     # -- the page ----------------------------------------------------------------------------------
 
-    def _complete(self, page: str) -> str:
-        """Gradio's HTML with our head and our shell in it."""
+    def _complete(self, page: str, address: str) -> str:
+        """Gradio's HTML with our head and our shell in it, for who reads it under `address`."""
         if self._insert is None:
             # Behind the markup it draws in, and not in line behind Gradio's script.
             script = f'<script type="module" async src=".{self._root()}{BUNDLE}"></script>'
@@ -114,7 +116,8 @@ class FirstPaint:
         head, shell = self._insert
         page = _styles_later(_without_foreign_tags(page))
         page = page.replace("<head>", "<head>" + self._import_map(), 1)
-        page = page.replace("</head>", head + "</head>", 1)
+        picture = f'<meta property="og:image" content="{address}ui/assets/social.png">'
+        page = page.replace("</head>", picture + head + "</head>", 1)
         return page.replace("<gradio-app", shell + "\n<gradio-app", 1)
 
     def _head(self) -> str:
@@ -127,7 +130,6 @@ class FirstPaint:
             f"<title>{title}</title>"
             f'<meta name="description" content="{title}: chat and an OpenAI-compatible API">'
             f'<meta property="og:title" content="{title}">'
-            '<meta property="og:image" content="./ui/assets/social.png">'
             '<meta name="color-scheme" content="light dark">'
             '<link rel="icon" type="image/svg+xml" href="./ui/assets/favicon.svg">'
             f"<style>{(self._assets / 'page.css').read_text()}</style>"
@@ -229,6 +231,15 @@ def _takes_gzip(scope: Scope) -> bool:
 def _path(scope: Scope) -> str:
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     return path.removeprefix(root) or "/" if root else path
+
+
+def _address(scope: Scope) -> str:
+    """The page's own, as its reader knows it: who draws a link's preview wants it whole."""
+    sent = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host = sent.get(b"x-forwarded-host") or sent.get(b"host", "")
+    scheme = sent.get(b"x-forwarded-proto") or str(scope.get("scheme", "http"))
+    root = str(scope.get("root_path") or "")
+    return html.escape(f"{scheme}://{host}{root}/") if host else "./"
 
 
 def _without_foreign_tags(page: str) -> str:
