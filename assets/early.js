@@ -3,7 +3,23 @@
 // serve/ui/page.py), which may happen before main.js has loaded.
 (() => {
   const DRAFT = "page-draft";
-  const saved = JSON.parse(localStorage.getItem("page-settings") || "{}");
+  // A browser may forbid storage to a page inside another's frame: it then lasts as long as the page.
+  for (const name of ["localStorage", "sessionStorage"]) {
+    try {
+      window[name].getItem(DRAFT);
+    } catch {
+      const kept = new Map();
+      const value = { getItem: (key) => kept.get(key) ?? null, removeItem: (key) => kept.delete(key),
+        setItem: (key, text) => kept.set(key, String(text)) };
+      Object.defineProperty(window, name, { value });
+    }
+  }
+  let saved = {};
+  try {
+    saved = JSON.parse(localStorage.getItem("page-settings")) ?? {};
+  } catch {
+    // Not ours, or broken: as on a first visit.
+  }
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const paint = () => {
     const theme = window.chatPage.theme;

@@ -36,13 +36,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
 
 
 @contextmanager
-def visit(browser: Browser, url: str, held: str = "", **context: Any) -> Iterator[Any]:
-    """A fresh visitor; a script that `held` matches comes only when `release` is called."""
+def visit(
+    browser: Browser, url: str, held: str = "", before: str = "", **context: Any
+) -> Iterator[Any]:
+    """A fresh visitor; a script that `held` matches comes only when `release` is called. `before`
+    runs first of all in the page."""
     with browser.new_context(**{"viewport": DESKTOP, "locale": "en-US", **context}) as own:
         page = own.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         waiting: list[Route] = []
+        page.add_init_script(before)
         if held:
             page.route(held, lambda route: waiting.append(route))
 
@@ -121,6 +125,25 @@ def test_a_word_of_an_input_method_is_not_broken_off(browser: Browser, server: P
         assert page.locator(EARLY).count() == 1
         typing.send("Input.insertText", {"text": "你好"})
         expect(page.locator(BOX)).to_have_value("你好")
+
+
+FORBIDDEN = """for (const name of ["localStorage", "sessionStorage", "indexedDB"]) {
+    const get = () => { throw new DOMException("Access is denied", "SecurityError"); };
+    Object.defineProperty(window, name, { get, configurable: true });
+}"""
+
+
+def test_where_the_browser_forbids_storage_there_is_a_conversation_all_the_same(
+    browser: Browser, server: PageServer
+) -> None:
+    with visit(browser, server.url, before=FORBIDDEN) as (page, _):
+        page.wait_for_selector(BOX)
+        page.fill(BOX, "hello you")
+        page.press(BOX, "Enter")
+        answered(page, "hello you", ANSWERS["hello"])
+        page.click("#open-sidebar")
+        expect(page.locator("#chat-list .open")).to_have_text("hello you")
+        expect(page.locator("#chats-note")).to_contain_text("keeps no data")
 
 
 def test_on_a_phone_the_first_box_has_a_button_to_send(
