@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def serve_ours(port: int) -> None:
 
     from tests import page_server
 
-    page_server.SCENES["count"] = count_tokens
-    page_server.SCENES["walk"] = walk
+    page_server.SCENES["count"] = partial(walk, rate=RATE)
+    page_server.SCENES["walk"] = partial(walk, rate=USER_RATE)
     page_server.SCENES["burst"] = burst
     server = page_server.start(Path(tempfile.mkdtemp()), port=port)
     print(server.keys.owner_token, flush=True)
@@ -40,22 +41,14 @@ def serve_ours(port: int) -> None:
         time.sleep(60)
 
 
-def count_tokens(question: str) -> Iterator[Any]:
-    from serve.engine.scripted import Say
-
-    for i in range(int(question.split()[1])):
-        yield Say(tuple(f"word{i % 10} ".encode()))
-        yield 1 / RATE
-
-
-def walk(question: str) -> Iterator[Any]:
+def walk(question: str, rate: float) -> Iterator[Any]:
     """On time however late a step was: what is measured is the page, not the script's own clock."""
     from serve.engine.scripted import Say
 
     due = time.monotonic()
     for i in range(int(question.split()[1])):
         yield Say(tuple(f"word{i % 10} ".encode()))
-        due += 1 / USER_RATE
+        due += 1 / rate
         yield max(0.0, due - time.monotonic())
 
 
