@@ -153,6 +153,7 @@ def test_links_are_safe_pictures_of_others_are_not_fetched(reader: Reader) -> No
     assert reader.last.locator(".words img").count() == 0
     assert "[bad](javascript:alert(1))" in reader.answer()
     expect(reader.last.locator("td strong")).to_have_text("2")
+    expect(reader.last.locator("td").first).to_have_css("overflow-wrap", "break-word")
     foreign = [
         r.url for r in reader.requests if not r.url.startswith((reader.url, "blob:", "data:"))
     ]
@@ -496,6 +497,9 @@ def test_one_message_that_is_too_long_alone_comes_with_no_such_offer(reader: Rea
     reader.send("z" * 30000)
     expect(reader.last.locator(".error")).to_be_visible()
     assert reader.last.locator(".error button").count() == 0
+    bubble = reader.page.locator(".bubble").last  # it does not push all else out of sight
+    expect(bubble).to_have_attribute("tabindex", "0")
+    assert bubble.evaluate("node => node.clientHeight < Math.min(innerHeight, node.scrollHeight)")
 
 
 # ---- conversations in the browser ----
@@ -766,7 +770,7 @@ def test_on_a_phone_effort_context_and_files_are_in_the_clips_menu(
         who.ask("hello")
         expect(page.locator("#effort")).to_be_hidden()
         page.click("#composer .upload-button")
-        expect(page.locator("#context")).to_have_text(re.compile(r"\d+ / 20k"))
+        expect(page.locator("#context")).to_have_text(re.compile(r"Context\d+ / 20k"))
         page.select_option("#effort-choice", "high")
         with page.expect_file_chooser() as chooser:
             page.click("#clip-attach")
