@@ -250,7 +250,8 @@ def test_an_answer_that_was_stopped_can_go_on(reader: Reader, server: PageServer
 
 def test_retry_makes_a_version_beside_the_first(reader: Reader) -> None:
     reader.ask("hello")
-    reader.last.get_by_label("Retry").click()
+    reader.last.get_by_label("Retry").press("Enter")
+    expect(reader.page.locator("#scroller")).to_be_focused()
     expect(reader.last.locator(".versions")).to_contain_text("2/2")
     reader.wait_for_end()
     reader.last.get_by_label("Previous version").click()
@@ -290,6 +291,7 @@ def test_while_an_answer_is_written_an_edit_and_a_retry_wait_and_nothing_typed_i
     reader.wait_for_end()
     expect(page.locator(".editor textarea")).to_have_value("said otherwise")
     page.locator(".editor .primary").click()
+    expect(page.locator("#scroller")).to_be_focused()
     expect(page.locator(".turn")).to_have_count(2)
     reader.wait_for_end()
     assert reader.answer() == "You said: said otherwise"

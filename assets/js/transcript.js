@@ -36,7 +36,9 @@ export class Transcript {
     });
     const first = this.chat.first(path);
     if (first) nodes.splice(path.indexOf(first), 0, this.#cutLine(path.indexOf(first)));
+    const hadFocus = this.log.contains(document.activeElement);
     replaceInOrder(this.log, nodes);
+    if (hadFocus && !this.log.contains(document.activeElement)) this.#holdFocus();
     if (follow) this.follow();
   }
 
@@ -61,6 +63,11 @@ export class Transcript {
     const turn = this.turns.get(node.id);
     if (turn) this.#fillAnswer(turn, node, run);
     this.#keepUp();
+  }
+
+  /** What had the focus is gone: the keyboard goes on from here, not from the page's beginning. */
+  #holdFocus() {
+    this.scroller.focus({ preventScroll: true });
   }
 
   follow() {
@@ -264,6 +271,7 @@ export class Transcript {
     const area = el("textarea", { value: node.text, rows: Math.min(12, node.text.split("\n").length + 1) });
     area.setAttribute("aria-label", t("edit"));
     const done = () => {
+      this.#holdFocus();
       editor.remove();
       turn.classList.remove("editing");
       this.redraw(node); // what has changed meanwhile
