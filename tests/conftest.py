@@ -125,7 +125,22 @@ def embedded_app() -> Iterator[RunningApp]:
         app.stop()
 
 
-LONGEST_FIRST = ("test_app.py", "test_ui_browser.py", "test_ui_accessibility.py", "test_vision_")
+LONGEST_FIRST = (
+    "test_app.py",
+    "test_ui_browser.py",
+    "test_vision_",
+    "test_ui_accessibility.py",
+    "test_ui_models.py",
+    "test_quantization.py",
+    "test_ui_api_panel.py",
+    "test_ui_early.py",
+    "test_app_zerogpu.py",
+    "test_each_setting.py",
+    "test_several_models.py",
+    "test_clients_node.py",
+    "test_sources_openxlab.py",
+    "test_engine_decoder.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
