@@ -22,7 +22,7 @@ from serve.reading import Reader, name_of, sees
 from serve.settings import Settings
 from serve.sources import embedded, huggingface, lfs, modelscope, openxlab, registry
 from serve.sources.candidates import KNOWN, Candidate, candidates, is_id, without_effect
-from serve.sources.download import download, is_complete
+from serve.sources.download import download, is_complete, turn
 from serve.sources.http import create_client
 from serve.sources.hubs import Hubs
 from serve.sources.meter import Meter, Report
@@ -245,10 +245,13 @@ class Loader:
         folder = self._folder(name)
         if is_complete(folder):
             return self._reader().read(folder, name, f"{lfs.NAME}, fetched earlier")
-        offer, clone = lfs.offer(url, inside, folder.with_name(folder.name + ".clone"))
-        self._plan_offer(offer, read_config(clone.folder / inside))
-        with Meter(self._report, name, lfs.NAME, offer.total_bytes) as meter:
-            lfs.fetch(offer, clone, folder, meter)
+        with Meter(self._report, name, lfs.NAME) as meter, turn(folder, meter):
+            if not is_complete(folder):  # another process may have fetched it meanwhile
+                scratch = folder.with_name(folder.name + ".clone")
+                offer, clone = lfs.offer(url, inside, scratch, meter)
+                self._plan_offer(offer, read_config(clone.folder / inside))
+                meter.total_bytes = offer.total_bytes
+                lfs.fetch(offer, clone, folder, meter)
         return self._reader().read(folder, name, lfs.NAME)
 
     def _fetch_and_load(self, offer: Offer) -> LoadedModel:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 QuantType = Literal["auto", "awq", "gptq", "bnb4", "full", "mxfp4", "int8"]
 KeyDisplay = Literal["auto", "owner", "guest", "off"]
@@ -55,8 +56,19 @@ def _repository(value: str) -> str:
 
 def _git_address(value: str) -> str:
     if value and not re.match(r"(https|ssh)://[^\s/-][^\s]*$", value):
-        raise ValueError("an https:// or ssh:// address")
+        raise ValueError(
+            "an https:// or ssh:// address (git@host:owner/name is ssh://git@host/owner/name)"
+        )
+    if not _has_plain_port(value):
+        raise ValueError("an address with a number as port, and with / in a password as %2F")
     return value
+
+
+def _has_plain_port(address: str) -> bool:
+    try:
+        return urlsplit(address).port != 0
+    except ValueError:
+        return False
 
 
 def _web_address(value: str) -> str:
@@ -294,7 +306,7 @@ def prepare_libraries(settings: Settings) -> None:
 
 
 def _masked(address: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", address)
+    return re.sub(r"//\S*@", "//***@", address)
 
 
 def _default_work_dir(source: Mapping[str, str]) -> Path:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import subprocess
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from tests.local_server import QuietHandler, listening
 
 BACKEND = "/usr/lib/git-core/git-http-backend"
+KINDS = ("cut", "503", "garbage", "html", "loop", "refuse", "slow")
 
 
 @dataclass
@@ -94,6 +96,9 @@ class _Handler(QuietHandler):
             self.send(401, b"", {"WWW-Authenticate": 'Basic realm="models"'})
         elif self.path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(body))
+        elif self.path == "/loop":
+            time.sleep(0.01)
+            self.send(302, b"", {"Location": "/loop"})
         elif self.path.startswith("/objects/"):
             self._object(self.path.rsplit("/", 1)[-1])
         elif "/info/lfs/" in self.path:
@@ -124,8 +129,7 @@ class _Handler(QuietHandler):
         self.git.served.append(oid)
         asked = self.headers.get("Range", "")
         start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-        if fault == "503":
-            self.send(503, b"busy", {})
+        if self._without_object(fault):
             return
         part = content[start:]
         if fault == "garbage":
@@ -139,6 +143,20 @@ class _Handler(QuietHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass
         self.close_connection = fault == "cut"
+
+    def _without_object(self, fault: str) -> bool:
+        if fault == "503":
+            self.send(503, b"busy", {})
+        elif fault == "html":
+            self.send(200, b"<html>maintenance</html>", {"Content-Type": "text/html"})
+        elif fault == "loop":
+            self.send(302, b"", {"Location": "/loop"})
+        elif fault == "refuse":
+            self.close_connection = True
+        else:
+            time.sleep(0.05 if fault == "slow" else 0)
+            return False
+        return True
 
     def _backend(self, body: bytes) -> None:
         path, _, query = self.path.partition("?")

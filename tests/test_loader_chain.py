@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,19 +152,20 @@ def test_models_that_fit_are_offered_and_one_can_be_switched_to(
 
 
 @pytest.mark.skipif(shutil.which("git-lfs") is None, reason="git-lfs is not installed")
-def test_a_git_lfs_mirror_with_a_subfolder_loads(
-    models: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_git_lfs_mirror_with_a_subfolder_loads_and_two_at_once_fetch_it_once(
+    models: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     files = {f"tiny/{name}": content for name, content in models["o/tiny-oss"].items()}
-    with serving_git(FakeGit(tmp_path / "git", files)) as git:
-        monkeypatch.setattr("serve.settings._git_address", str)
-        road = Road(tmp_path, OPENXLAB_MODEL_REPO_URL="https://x/o/n.git",
-                    OPENXLAB_MODEL_SUBDIR="tiny")  # fmt: skip
-        object.__setattr__(road.settings, "openxlab_model_repo_url", git.url)
-        loaded = road.load()
-    answers(loaded)
-    assert (loaded.id, loaded.source) == ("model/tiny", "Git LFS")
-    assert not list((tmp_path / "gpt_oss_app_runtime" / "models").glob("*.clone"))
+    with serving_git(FakeGit(tmp_path / "git", files)) as git, ThreadPoolExecutor(2) as pool:
+        named = {"OPENXLAB_MODEL_REPO_URL": "https://x/o/n.git", "OPENXLAB_MODEL_SUBDIR": "tiny"}
+        roads = [Road(tmp_path, **named) for _ in range(2)]
+        for road in roads:
+            object.__setattr__(road.settings, "openxlab_model_repo_url", git.url)
+        found = list(pool.map(Road.load, roads))
+        assert len(git.served) == 1
+    answers(found[0])
+    assert {(one.id, one.source) for one in found} == {("model/tiny", "Git LFS")}
+    assert not list((tmp_path / "gpt_oss_app_runtime" / "models").glob("*.clone*"))
 
 
 @pytest.mark.real

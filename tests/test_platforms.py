@@ -13,7 +13,7 @@ from serve.settings import VARIABLES
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "platforms").glob("*.md"))
 KNOWN = {name for name, _, _ in VARIABLES}
-FOREIGN = {"HF_TOKEN", "GRADIO_ROOT_PATH"}  # other libraries' own
+FOREIGN = {"HF_TOKEN", "GRADIO_ROOT_PATH", "GIT_SSH_COMMAND"}  # other libraries' own
 
 
 def pinned(package: str) -> str:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import random
 import shutil
+import socket
+import subprocess
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from serve.sources import lfs
+from serve.settings import BadSetting, from_env
+from serve.sources import download, lfs
+from serve.sources import git as running_git
+from serve.sources.candidates import candidates
 from serve.sources.download import is_complete
 from serve.sources.meter import Meter
-from serve.sources.offer import SourceFailed
+from serve.sources.offer import SourceFailed, Unreachable, masked
 from serve.values import Progress
-from tests.fake_git import BACKEND, FakeGit, serving_git
+from tests.fake_git import BACKEND, KINDS, FakeGit, serving_git
 
 pytestmark = pytest.mark.skipif(
     shutil.which("git-lfs") is None or not Path(BACKEND).exists(), reason="git-lfs is not installed"
@@ -50,8 +57,8 @@ def meter(heard: list[Progress]) -> Meter:
 
 def get(url: str, folder: Path, heard: list[Progress] | None = None) -> Path:
     told = heard if heard is not None else []
-    offer, clone = lfs.offer(url, "gpt-oss-20b", folder / "clone")
     with meter(told) as counting:
+        offer, clone = lfs.offer(url, "gpt-oss-20b", folder / "clone", counting)
         counting.total_bytes = offer.total_bytes
         return lfs.fetch(offer, clone, folder / "model", counting)
 
@@ -61,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_pointers_tell_sizes_before_any_object_comes(git: FakeGit, tmp_path: Path) -> None:
-    offer, clone = lfs.offer(git.url, "gpt-oss-20b", tmp_path / "clone")
+    offer, clone = lfs.offer(git.url, "gpt-oss-20b", tmp_path / "clone", meter([]))
     assert {f.path: f.size for f in offer.files} == {k: len(v) for k, v in WANTED.items()}
     assert offer.weight_bytes == 600_000 and git.served == []
     assert (clone.folder / "gpt-oss-20b" / "config.json").read_bytes() == WANTED["config.json"]
@@ -90,7 +97,7 @@ def test_a_repository_that_never_gives_its_objects_is_one_clear_error_and_resume
     git.faults = deque(["503"] * 1000)
     with pytest.raises(SourceFailed) as failed:
         get(git.url, tmp_path)
-    assert "git could not get the repository" in failed.value.reason
+    assert failed.value.reason == "127.0.0.1 is not serving now" and failed.value.fix
     assert not is_complete(tmp_path / "model")
     git.faults.clear()
     assert contents(get(git.url, tmp_path)) == WANTED
@@ -99,10 +106,57 @@ def test_a_repository_that_never_gives_its_objects_is_one_clear_error_and_resume
 def test_a_half_done_clone_and_a_stale_lock_do_not_stop_the_next_try(
     git: FakeGit, tmp_path: Path
 ) -> None:
-    lfs.offer(git.url, "gpt-oss-20b", tmp_path / "clone")
+    lfs.offer(git.url, "gpt-oss-20b", tmp_path / "clone", meter([]))
     (tmp_path / "clone" / ".git" / "index.lock").write_text("")
     (tmp_path / "clone" / "gpt-oss-20b" / "config.json").unlink()
     assert contents(get(git.url, tmp_path)) == WANTED
+
+
+def test_what_came_before_a_kill_counts_as_there_when_the_disk_is_nearly_full(
+    git: FakeGit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lfs, "ATTEMPTS", 1)
+    git.faults = deque(["", *["503"] * 50])
+    with pytest.raises(SourceFailed):
+        get(git.url, tmp_path)
+    git.faults.clear()
+    free = 64 * 2**20 + 350_000  # one of the two files is there, the other has room
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    assert contents(get(git.url, tmp_path)) == WANTED
+
+
+def test_a_server_that_falls_silent_is_left_with_everything_that_git_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_git, "SILENT_SECONDS", 0.5)
+    before = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/model.git"
+        with pytest.raises(Unreachable, match="127.0.0.1 does not answer"):
+            get(url, tmp_path)
+        mute.accept()[0].close()
+    assert time.monotonic() - before < 10
+    mine = psutil.Process().children(recursive=True)
+    assert not [child for child in mine if "git" in child.name()]
+
+
+def test_a_full_disk_is_told_in_words(git: FakeGit, tmp_path: Path) -> None:
+    _, clone = lfs.offer(git.url, "gpt-oss-20b", tmp_path / "clone", meter([]))
+    told = running_git.failure("LFS: write /x: No space left on device\n", clone)
+    assert told.reason == "the disk is full" and "WORK_DIR" in told.fix
+
+
+@pytest.mark.parametrize("secret", ["to/ken", "p@ss", "plain"])
+def test_no_way_to_write_a_password_is_ever_shown(secret: str) -> None:
+    assert secret not in masked(f"fatal: unable to access 'https://user:{secret}@host/x.git/'")
+    address = f"https://user:{secret}@host/owner/name.git"
+    try:
+        named = from_env({"OPENXLAB_MODEL_REPO_URL": address, "WORK_DIR": "/tmp"})
+    except BadSetting as bad:
+        assert secret not in str(bad) and "%2F" in str(bad)
+    else:
+        assert all(secret not in candidate.name for candidate in candidates(named))
 
 
 def test_a_password_works_and_is_nowhere_to_be_seen(
@@ -111,9 +165,9 @@ def test_a_password_works_and_is_nowhere_to_be_seen(
     git.password = "s3cret-token"
     with_password = git.url.replace("//", f"//user:{git.password}@")
     seen: list[str] = []
-    run = lfs.subprocess.run
-    monkeypatch.setattr(lfs.subprocess, "run", lambda a, **k: (seen.extend(a), run(a, **k))[1])
-    offer, clone = lfs.offer(with_password, "gpt-oss-20b", tmp_path / "clone")
+    run = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda a, **k: (seen.extend(a), run(a, **k))[1])
+    offer, clone = lfs.offer(with_password, "gpt-oss-20b", tmp_path / "clone", meter([]))
     assert git.password not in " ".join(seen) + offer.reference + repr(offer) + repr(clone)
     assert (clone.folder / ".credentials").stat().st_mode & 0o077 == 0
     with meter([]) as counting:
@@ -124,25 +178,53 @@ def test_a_wrong_password_is_told_without_it(git: FakeGit, tmp_path: Path) -> No
     git.password = "right"
     url = git.url.replace("//", "//user:wr0ng-token@")
     with pytest.raises(SourceFailed) as failed:
-        lfs.offer(url, "", tmp_path / "clone")
+        lfs.offer(url, "", tmp_path / "clone", meter([]))
     assert "wr0ng-token" not in failed.value.reason + failed.value.fix
     assert "password" in failed.value.reason
 
 
 @pytest.mark.parametrize(
     ("path", "subfolder", "said"),
-    [("/nothing.git", "", "git could not get"), ("/model.git", "no-such", "no folder")],
+    [("/nothing.git", "", "no such repository"), ("/model.git", "no-such", "no folder")],
 )
 def test_what_is_not_there_is_told(
     git: FakeGit, tmp_path: Path, path: str, subfolder: str, said: str
 ) -> None:
     with pytest.raises(SourceFailed, match=said) as failed:
-        lfs.offer(git.base + path, subfolder, tmp_path / "clone")
+        lfs.offer(git.base + path, subfolder, tmp_path / "clone", meter([]))
     assert failed.value.fix
 
 
 def test_without_git_lfs_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lfs.shutil, "which", lambda name: None if name == "git-lfs" else name)
     with pytest.raises(SourceFailed, match="git-lfs is not installed") as failed:
-        lfs.offer("https://example.org/x.git", "", tmp_path / "clone")
+        lfs.offer("https://example.org/x.git", "", tmp_path / "clone", meter([]))
     assert "apt install" in failed.value.fix
+
+
+@pytest.mark.slow
+def test_200_random_fault_schedules_end_with_the_right_bytes_or_a_clear_error(
+    git: FakeGit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lfs, "ATTEMPTS", 2)
+    monkeypatch.setattr(lfs, "SILENT_SECONDS", 1.0)  # git-lfs follows a redirect loop for ever
+    good = [run_schedule(number, git, tmp_path / str(number)) for number in range(200)]
+    assert any(good) and not all(good)
+
+
+def run_schedule(number: int, git: FakeGit, folder: Path) -> bool:
+    """True when it ended with the right bytes."""
+    drawn = random.Random(number)
+    kinds = drawn.sample(KINDS, drawn.randint(1, len(KINDS)))
+    git.faults = deque(drawn.choice(kinds) for _ in range(drawn.choice((0, 2, 5, 12, 60))))
+    try:
+        got = get(git.url, folder)
+    except SourceFailed as failure:
+        assert failure.reason and failure.fix and not is_complete(folder / "model"), number
+        whole = contents(folder / "model") if (folder / "model").exists() else {}
+        assert whole.items() <= WANTED.items(), f"schedule {number}: a wrong file has its name"
+        git.faults.clear()
+        assert contents(get(git.url, folder)) == WANTED, f"schedule {number}: not mended"
+        return False
+    assert contents(got) == WANTED, f"schedule {number}"
+    return True

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from serve.settings import Settings
 from serve.sources import embedded
-from serve.sources.lfs import masked
+from serve.sources.offer import masked
 
 
 @dataclass(frozen=True, slots=True)

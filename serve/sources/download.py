@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from serve.sources.http import check_status, unreachable
 from serve.sources.meter import Meter, gigabytes
@@ -55,7 +55,6 @@ def download(
 ) -> Path:
     """Make `folder` hold every file of `offer`, whole. Raises SourceFailed; what came stays for
     the next try."""
-    folder.mkdir(parents=True, exist_ok=True)
     with turn(folder, meter):
         check_disk(offer, folder)
         with ThreadPoolExecutor(patience.workers, "download") as pool:
@@ -87,7 +86,17 @@ def is_complete(folder: Path) -> bool:
 
 @contextmanager
 def turn(folder: Path, meter: Meter) -> Iterator[None]:
-    lock = FileLock(folder / ".lock")
+    """Make `folder` and have it alone; what the disk refuses meanwhile is a SourceFailed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(FileLock(folder / ".lock"), meter):
+            yield
+    except OSError as error:
+        raise _disk_failure(error) from error
+
+
+@contextmanager
+def _alone(lock: BaseFileLock, meter: Meter) -> Iterator[None]:
     while True:
         try:
             lock.acquire(timeout=1.0)
@@ -101,15 +110,18 @@ def turn(folder: Path, meter: Meter) -> Iterator[None]:
         lock.release()
 
 
-def check_disk(offer: Offer, folder: Path) -> None:
-    missing = 0
+def check_disk(offer: Offer, folder: Path, elsewhere: int = 0) -> None:
+    """Raise SourceFailed when what has still to come does not fit; `elsewhere` is how many bytes
+    of it this disk has in another folder."""
+    missing = -elsewhere
     for file in offer.files:
         here = next((p for p in (folder / file.path, _part(folder, file)) if p.exists()), None)
         missing += max((file.size or 0) - (here.stat().st_size if here else 0), 0)
     free = shutil.disk_usage(folder).free
-    if missing and free < missing + SPARE_DISK_BYTES:
+    if missing > 0 and free < missing + SPARE_DISK_BYTES:
         raise SourceFailed(
-            f"{gigabytes(missing)} have still to come, but the disk has {gigabytes(free)} free",
+            f"{gigabytes(missing)} have still to come and {gigabytes(SPARE_DISK_BYTES)} must stay "
+            f"free, but the disk has {gigabytes(free)} free",
             f"Free {gigabytes(missing + SPARE_DISK_BYTES - free)} or set WORK_DIR to another disk.",
         )
 
@@ -179,8 +191,6 @@ class _Transfer:
             except _Broken as broken:
                 fruitless = 0 if self._have() > before else fruitless + 1
                 self._give_up_or_wait(fruitless, broken)
-            except OSError as error:
-                raise _disk_failure(error) from error
 
     def _give_up_or_wait(self, fruitless: int, broken: _Broken) -> None:
         if fruitless >= self._patience.attempts:

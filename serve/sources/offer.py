@@ -5,6 +5,7 @@ Values and choices only: no network and no disk. Used by every source, the downl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -102,3 +103,8 @@ def _gguf_rank(file: RemoteFile) -> tuple[int, str]:
     name = file.path.lower()
     places = [i for i, kind in enumerate(GGUF_PREFERENCE) if kind in name]
     return (min(places, default=len(GGUF_PREFERENCE)), name)
+
+
+def masked(text: str) -> str:
+    """`text` without the user and password of any address in it."""
+    return re.sub(r"//[^\s'\"]*@", "//***@", text)
