@@ -19,7 +19,7 @@ from serve.settings import VARIABLES
 from tests.conftest import RunningApp, free_port, start
 from tests.fake_git import FakeGit, serving_git
 from tests.fake_hub import FakeHub, repository_of, serving
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_gpt_oss, tiny_llama
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUBS = ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT", "OPENXLAB_ENDPOINT")
@@ -157,7 +157,7 @@ CASES: list[tuple[str, Value, Check]] = [
     ("OPENXLAB_MODEL_REPO_URL", "ftp://x/y", leaves("OPENXLAB_MODEL_REPO_URL", "https://")),
     ("OPENXLAB_MODEL_SUBDIR", "x", serves_and_logs("OPENXLAB_MODEL_SUBDIR has no effect")),
     ("MODELSCOPE_ID", "o/tiny-llama", serves("o/tiny-llama")),
-    ("MODEL_IDS", "no/such,o/tiny-llama", serves("o/tiny-llama")),
+    ("MODEL_IDS", "no/such,o/tiny-oss", serves("o/tiny-oss")),
     ("HF_MODEL_ID", "o/tiny-llama", serves("o/tiny-llama")),
     ("HF_ENDPOINT", "http://127.0.0.1:9", serves()),
     ("HF_ENDPOINT", "hf-mirror.com", leaves("HF_ENDPOINT", "https://")),
@@ -201,7 +201,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     model = tiny_llama(tmp_path / "tiny-llama")
     files = repository_of(model)
     with ExitStack() as stack:
-        hub = stack.enter_context(serving(FakeHub({"o/tiny-llama": files})))
+        oss = repository_of(tiny_gpt_oss(tmp_path / "tiny-oss", mxfp4=True))
+        hub = stack.enter_context(serving(FakeHub({"o/tiny-llama": files, "o/tiny-oss": oss})))
         git = stack.enter_context(serving_git(FakeGit(tmp_path / "git", dict(files))))
         yield World(hub, git, tmp_path, model)
 
