@@ -243,9 +243,22 @@ class Answers:
     # -- what all have in common -------------------------------------------------------------------
 
     async def _prepared(self, request: Request, asked: ChatRequest) -> ChatRequest:
-        """With its pictures fetched and the thoughts that the client dropped put back."""
+        """With its pictures fetched and the thoughts that the client dropped put back, and without
+        an effort that the model knows nothing of."""
         asked = self._memory.restore(await self._illustrated(request, asked))
+        asked = self._without_idle_effort(request, asked)
         return replace(asked, may_switch=self._may_switch(request))
+
+    def _without_idle_effort(self, request: Request, asked: ChatRequest) -> ChatRequest:
+        """Agents send a reasoning effort to whatever model they meet. One that does not reason
+        answers as it would without it, and the answer's header says that it was left alone."""
+        options = dict(asked.template_options)
+        effort = options.pop("reasoning_effort", None) or asked.reasoning_effort
+        card = self._service.card(asked.model)
+        if effort in (None, "none") or card is None or card.capabilities.reasoning is not False:
+            return asked
+        request.state.left_alone = ("reasoning_effort",)
+        return replace(asked, reasoning_effort=None, template_options=options)
 
     async def _begin_chat(
         self,
@@ -294,7 +307,8 @@ class Answers:
         turn = Turn(events, (ticket, *watchers))
         await turn.begin()
         told = dict(ticket.headers)
-        left_alone = ", ".join(re.sub(r"[^\w.\[\]=-]", "?", name[:80]) for name in ignored)
+        names = (*ignored, *getattr(request.state, "left_alone", ()))
+        left_alone = ", ".join(re.sub(r"[^\w.\[\]=-]", "?", name[:80]) for name in names)
         if left_alone:
             told["x-ignored-fields"] = left_alone.encode("ascii", "replace").decode()[:1000]
         left_out = getattr(request.state, "pictures_left_out", 0)

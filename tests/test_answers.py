@@ -107,6 +107,35 @@ def test_a_response_tells_the_sampling_it_was_drawn_with(
     assert engine.submitted[-1].sampling.temperature == 0.5
 
 
+class UnreasoningFormat(RecordingFormat):
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), reasoning=False, efforts=())
+
+
+def test_an_effort_is_harmless_to_a_model_that_does_not_reason_and_the_answer_says_so(
+    engine: ScriptedEngine, tmp_path: Path
+) -> None:
+    engine.script = [SAY, Say(ids("Hello")), END]
+    form = UnreasoningFormat()
+    talk = {"messages": [{"role": "user", "content": "hi"}]}
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {**talk, "reasoning_effort": "high"}),
+        ("/v1/chat/completions", {**talk, "chat_template_kwargs": {"reasoning_effort": "low"}}),
+        ("/v1/responses", {"input": "hi", "store": False, "reasoning": {"effort": "medium"}}),
+    ]
+    with serving(service_of(engine, form), settings_in(tmp_path)) as served:
+        with served.client() as client:
+            for path, body in asked:
+                answer = client.post(path, json=body)
+                assert answer.status_code == 200, answer.text
+                assert answer.headers["x-ignored-fields"] == "reasoning_effort"
+                assert form.seen[-1].reasoning_effort is None and not form.seen[-1].template_options
+            none = client.post(asked[0][0], json={**talk, "reasoning_effort": "none"})
+            assert none.status_code == 200 and "x-ignored-fields" not in none.headers
+            wrong = client.post(asked[0][0], json={**talk, "reasoning_effort": "hihg"})
+            assert wrong.status_code == 400
+
+
 # ---- sealed reasoning ---------------------------------------------------------------------------
 
 
