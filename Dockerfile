@@ -5,7 +5,7 @@
 FROM python:3.11-slim
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends git git-lfs gcc libc6-dev \
+    && apt-get install -y --no-install-recommends git git-lfs openssh-client gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 # An ordinary user: nothing here needs root, and weights from strangers are read.
