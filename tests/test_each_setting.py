@@ -169,6 +169,7 @@ CASES: list[tuple[str, Value, Check]] = [
     ("QUANT_TYPE", "full", serves()),
     ("QUANT_TYPE", "awq", cannot_load("QUANT_TYPE=awq", "Set QUANT_TYPE=auto")),
     ("QUANT_TYPE", "bnb4", cannot_load("QUANT_TYPE=bnb4", "Set QUANT_TYPE=auto")),
+    ("DENSE_BITS", "8", serves_and_logs("DENSE_BITS=8 has no effect")),
     ("MODEL_SWITCH", "all", serves()),
     ("HOST", "::1", listens_on_ipv6),
     ("HOST", "nonsense.invalid", leaves("HOST=nonsense.invalid", "not known")),
