@@ -190,6 +190,42 @@ def _flush(found: list[Event], last: Event | None, texts: list[str]) -> None:
     found.append(last)
 
 
+class _Pulse:
+    """A stream's one timer, so that a frame needs none: `arrived` is set, with `is_silent`, when
+    nothing was written for PING_SECONDS; `limit` ends a write of STALLED_READER_SECONDS."""
+
+    def __init__(self, arrived: asyncio.Event, limit: asyncio.Timeout) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = arrived
+        self._limit = limit
+        self._since = self._loop.time()
+        self._is_writing = False
+        self._timer = self._loop.call_later(PING_SECONDS, self._look)
+        self.is_silent = False
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+        self._is_writing, self.is_silent = True, False
+
+    def end(self) -> None:
+        self._is_writing = False
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = self._since + (STALLED_READER_SECONDS if self._is_writing else PING_SECONDS)
+        if now >= due and self._is_writing:
+            self._limit.reschedule(now)
+            return
+        if now >= due:
+            self.is_silent = True
+            self._arrived.set()
+            due = now + PING_SECONDS
+        self._timer = self._loop.call_at(min(due, now + PING_SECONDS), self._look)
+
+
 class EventStream(Response):
     """A 200 whose body is `write`'s frames for a begun turn's events."""
 
@@ -212,12 +248,11 @@ class EventStream(Response):
         gone = asyncio.create_task(_disconnected(receive))
         gone.add_done_callback(lambda _: self._arrived.set())
         try:
-            await self._send_start(send)
-            while not self._has_ended and not gone.done():
-                await self._send_next(send)
+            async with asyncio.timeout(None) as limit:
+                await self._send_all(send, limit, gone)
         except asyncio.CancelledError:  # the server stops: the client is told, then it goes on
             if not self._has_ended:
-                await self._send_body(send, self._write(Cancelled()))
+                await _send_last(send, self._write(Cancelled()))
             raise
         except (TimeoutError, OSError):
             log.info("a stream's reader is gone or reads nothing; its work is stopped")
@@ -225,33 +260,39 @@ class EventStream(Response):
             await _stop(gone)
             await _stop(work)
             with contextlib.suppress(OSError, TimeoutError):
-                await self._send_body(send, "", is_last=True)
+                await _send_last(send, "", is_end=True)
 
     def _take(self, event: Event) -> None:
         self._waiting.append(event)
         self._arrived.set()
 
-    async def _send_start(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-
-    async def _send_next(self, send: Send) -> None:
-        """Wait for events, or for as long as a stream may be silent; send what there is."""
+    async def _send_all(self, send: Send, limit: asyncio.Timeout, gone: asyncio.Task[None]) -> None:
+        pulse = _Pulse(self._arrived, limit)
         try:
-            async with asyncio.timeout(PING_SECONDS):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while not self._has_ended and not gone.done():
                 await self._arrived.wait()
-        except TimeoutError:
-            await self._send_body(send, PING)
-            return
-        self._arrived.clear()
-        events = joined(self._waiting)
+                self._arrived.clear()
+                frames = self._frames() or (PING if pulse.is_silent else "")
+                if frames:
+                    pulse.begin()
+                    await send(_body(frames))
+                    pulse.end()
+        finally:
+            pulse.stop()
+
+    def _frames(self) -> str:
+        """Of all that waits."""
+        events = joined(self._waiting) if len(self._waiting) > 1 else list(self._waiting)
         self._waiting.clear()
         self._has_ended = bool(events) and is_terminal(events[-1])
-        frames = "".join([self._write(event) for event in events])
-        if frames:
-            await self._send_body(send, frames)
+        return "".join([self._write(event) for event in events])
 
-    async def _send_body(self, send: Send, text: str, is_last: bool = False) -> None:
-        async with asyncio.timeout(STALLED_READER_SECONDS):
-            body = {"type": "http.response.body", "body": text.encode(), "more_body": not is_last}
-            await send(body)
+
+def _body(text: str, *, is_end: bool = False) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": not is_end}
+
+
+async def _send_last(send: Send, text: str, *, is_end: bool = False) -> None:
+    async with asyncio.timeout(STALLED_READER_SECONDS):
+        await send(_body(text, is_end=is_end))
