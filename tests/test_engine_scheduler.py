@@ -223,6 +223,22 @@ def test_neighbouring_blocks_are_found_for_one_sequence() -> None:
     assert all(len(q.tables[0].runs) == 1 for r in requests for q in r.sequences)
 
 
+def test_what_is_known_is_kept_while_there_is_room() -> None:
+    """An answer that grows beside a known prompt's blocks goes elsewhere."""
+    s = scheduler(blocks=40)
+    prompts = [[100 * n + i for i in range(8)] for n in range(4)]
+    for prompt in prompts:
+        s.add(ask(prompt, limit=1))
+        run_out(s)
+    s.add(ask([*prompts[0], 7], limit=30))
+    run_out(s)
+    for prompt in prompts:
+        again = ask([*prompt, 7], limit=1)
+        s.add(again)
+        run_out(s)
+        assert again.cached_tokens == 8
+
+
 def test_a_broken_book_is_noticed() -> None:
     s = scheduler()
     s.add(ask(list(range(20))))

@@ -98,33 +98,35 @@ class BlockPool:
     def is_unused(self, block: int) -> bool:
         return self._uses[block] == 0
 
-    def take(self, after: int = -1) -> int:
-        """A block for writing, next to `after` if that one can be had. There must be one."""
+    def take(self, after: int = -1, room: int = 1) -> int:
+        """A block for writing; there must be one. Next to `after` if that one is free: neighbours
+        are read as one piece. Else one with room behind it for `room` blocks. What is known is
+        given up only when nothing is free."""
         block = after + 1
-        if after >= 0 and block in self._free:
+        if after < 0 or block not in self._free:
+            block = self._apart(room) if self._free else self._unused_near(after)
+        if block in self._free:
             del self._free[block]
-        elif after >= 0 and self._is_long_unused(block):
-            self._evict(block)
-        elif self._free:
-            block, _ = self._free.popitem(last=False)
         else:
-            block = self._first_of_run(next(iter(self._unused)))
             self._evict(block)
         self._uses[block] = 1
         return block
 
-    def take_apart(self, tokens: int) -> int:
-        """A block to begin with, leaving room behind it for `tokens` blocks where there is some:
-        neighbours are read as one piece."""
-        for place in (self._next_start + i for i in range(_PLACES_TRIED)):
+    def _apart(self, room: int) -> int:
+        """A free block away from the last one given so."""
+        for place in range(self._next_start, self._next_start + _PLACES_TRIED):
             block = place % self.size
             if block in self._free:
-                self._next_start = (block + tokens) % self.size
-                del self._free[block]
-                self._uses[block] = 1
+                self._next_start = (block + room) % self.size
                 return block
-        self._next_start += _PLACES_TRIED
-        return self.take()
+        self._next_start = (self._next_start + _PLACES_TRIED) % self.size
+        return next(iter(self._free))
+
+    def _unused_near(self, after: int) -> int:
+        """A known block that nobody will miss soon."""
+        if after >= 0 and self._is_long_unused(after + 1):
+            return after + 1
+        return self._first_of_run(next(iter(self._unused)))
 
     def _is_long_unused(self, block: int) -> bool:
         """Whether it is known, unused and in the older half of those: nobody will miss it soon."""
@@ -262,10 +264,11 @@ class KVCache:
             if columns - table.count > pool.available:
                 return False
         for pool, table in zip(self.pools, sequence.tables, strict=True):
-            if table.count == table.first and table.count < columns:
-                table.append(pool.take_apart(self._blocks_expected(sequence)))
             while table.count < columns:
-                table.append(pool.take(after=int(table.ids[table.count - 1])))
+                is_first = table.count == table.first
+                after = -1 if is_first else int(table.ids[table.count - 1])
+                room = max(1, self._blocks_expected(sequence) - table.count)
+                table.append(pool.take(after, room))
         return True
 
     def advance(self, sequence: Sequence, computed: int) -> None:
@@ -324,8 +327,8 @@ class KVCache:
             self.pools[group].release(table.drop_first(), is_useful=column in snapshot)
 
     def _blocks_expected(self, sequence: Sequence) -> int:
-        most = len(sequence.ids) + min(sequence.request.limit, _EXPECTED_TOKENS)
-        return -(-most // self.block_size)
+        most = sequence.request.prompt_length + min(sequence.request.limit, _EXPECTED_TOKENS)
+        return -(-max(most, len(sequence.ids)) // self.block_size)
 
     def _match(self, sequence: Sequence) -> int:
         """How many leading blocks can be shared; at least one id is left to compute."""
