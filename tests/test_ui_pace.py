@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import pytest
 
 from serve.errors import RateLimited
+from serve.service import Service
 from serve.ui.answer import Answer
 from serve.ui.pace import counted, watch
+from serve.ui.page import create_page
 from serve.ui.visit import Ticket, Visit
 from serve.values import Event, Finished, TextDelta, Usage
+from tests import jumping
 
 
 async def tokens(count: int, pause: float = 0.0) -> AsyncGenerator[Event]:
@@ -136,3 +140,23 @@ def test_a_spent_budget_is_an_error_before_any_work() -> None:
     with pytest.raises(RateLimited):
         asyncio.run(run())
     assert started == []
+
+
+def test_an_idle_page_wakes_its_process_seldom() -> None:
+    """Gradio's own pace is a thousand times a second, and each takes time from the engine."""
+    queue = create_page(Service())._queue
+    looks = 0
+
+    class Queues(dict[str, Any]):
+        def values(self) -> Any:
+            nonlocal looks
+            looks += 1
+            return super().values()
+
+    async def idle() -> None:
+        queue.event_queue_per_concurrency_id = Queues()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(queue.start_processing(), 10.0)
+
+    jumping.run(idle())
+    assert 500 <= looks <= 1500

@@ -24,6 +24,7 @@ from serve.ui.visit import VisitOf, open_visit, visit_from
 
 ASSETS = Path(__file__).parent.parent.parent / "assets"
 SESSION_SECONDS = 6 * 3600
+QUEUE_SECONDS = 0.01  # Gradio's own 1 ms wakes an idle process a thousand times a second
 LONGEST_PASTE = 1_000_000  # a pasted text stays text; Gradio's default makes a file of it at 1000
 
 # What the script does when Gradio has put each part on the page; see assets/js/bridge.js.
@@ -91,6 +92,8 @@ def create_page(
         shell.clear(None, None, [box], js=FILL_BOX, api_visibility="private")
         shell.upload(None, [box], None, js=FILES, api_visibility="private")
         add_endpoints(service, visit_of)
+    page._queue.sleep_when_free = QUEUE_SECONDS
+    page._queue.progress_update_sleep_when_free = 10 * QUEUE_SECONDS
     return page
 
 
