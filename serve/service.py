@@ -334,10 +334,10 @@ class _Run:
 
     def _translate(self, message: Waiting | Tokens | SequenceEnded | Ended) -> list[Event]:
         match message:
-            case Waiting():
-                return [Queued(message.ahead, message.wait_seconds)]
             case Tokens():
                 return self._read(message)
+            case Waiting():
+                return [Queued(message.ahead, message.wait_seconds)]
             case SequenceEnded():
                 return self._end_choice(message.choice, message.reason)
             case Ended():

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class Paced:
     def prepare(self, threads: int | None) -> None: ...
 
     def free_memory(self) -> None: ...
+
+    def beside(self, work: Callable[[], None]) -> bool:
+        return False
 
     def launch(self, chunks: Sequence[Chunk], after: Launched | None) -> Launched | None:
         if any(chunk.count > 1 for chunk in chunks):

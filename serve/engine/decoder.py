@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +97,8 @@ def _projections(layer: JoinedLayer) -> tuple[Any, ...]:
 
 
 class Decoder:
-    """`model` after modules.py has joined its layers. Its forward afterwards: `forward`."""
+    """`model` after modules.py has joined its layers. Its forward afterwards: `forward`. `beside`
+    is called once in each, where Python's lock is free from then on."""
 
     def __init__(self, model: Any, compiling: Future[Any] | None = None) -> None:
         began = time.monotonic()
@@ -113,6 +114,7 @@ class Decoder:
         self._last = new_step(self._shape, self._threads)
         self._numbers = [layer.layer for layer in layers]
         self._stores: Places | None = None
+        self.beside: Callable[[], None] = _nothing
         self._model = model
         self._stock = model.forward
         self._embedding = model.get_input_embeddings().weight.detach().numpy()
@@ -125,6 +127,7 @@ class Decoder:
         """The stock forward's keywords, of those the runner uses. Decodes come first in a step."""
         backend = kwargs.get("paged")
         if not isinstance(backend, CpuBackend) or "input_ids" not in kwargs or args:
+            self.beside()
             return self._stock(*args, **kwargs)
         layout, rows = backend.layout, _own_rows(backend.layout)
         ids, positions = kwargs["input_ids"][0], kwargs["position_ids"][0]
@@ -132,6 +135,7 @@ class Decoder:
         if rows.all():
             return SimpleNamespace(logits=self._logits(ids, positions, keep, backend)[None])
         if not rows.any():
+            self.beside()
             return self._stock(**kwargs)
         own, drawn, sequences = rows.cumsum(0) - 1, rows[keep], range(len(layout.counts))
         logits = torch.empty(len(keep), self._shape.vocabulary)
@@ -153,6 +157,7 @@ class Decoder:
         step = self._begun(ids, positions, drawn, backend)._replace(stores=self._stores)
         for thread in range(1, self._threads):
             self._pool.submit(self._step, self._weights, step, thread)
+        self.beside()
         self._step(self._weights, step, 0)
         return torch.from_numpy(step.logits[:, : self._shape.vocabulary])
 
@@ -197,6 +202,9 @@ class Decoder:
             if rows <= _KEPT:
                 self._last = step
         return step._replace(counters=new_counters(len(self._numbers)))
+
+
+def _nothing() -> None: ...
 
 
 def _own_rows(layout: Layout) -> Tensor:

@@ -84,6 +84,7 @@ class PagedEngine:
         self._inbox: deque[Request | _Cancel] = deque()
         self._line = Line()
         self.runs_ahead = config.runs_ahead
+        self._delivers_beside = runner.beside(self._deliver)
         self._launched: Launched | None = None
         self._is_closing = False
         self._is_stopped = False
@@ -122,8 +123,7 @@ class PagedEngine:
             self._lock.notify_all()
 
     def stats(self) -> EngineStats:
-        began = self._step_began
-        cache = self._scheduler.cache
+        began, cache = self._step_began, self._scheduler.cache
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=self._line.requests,
@@ -149,8 +149,8 @@ class PagedEngine:
     # -- the engine's thread -----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Read the inbox, schedule, run, advance, deliver. A step that is launched is read by the
-        next call, after that has launched its own where it can."""
+        """Read the inbox, schedule, run, advance, deliver (or have the next run do it beside its
+        work). A launched step is read by the next call, which launches its own first if it can."""
         self._read_inbox()
         before = self._launched
         chunks = self._scheduler.ahead(before.chunks) if before else self._scheduler.schedule()
@@ -159,7 +159,8 @@ class PagedEngine:
             self._advance(self._take(before))
         elif chunks and self._launched is None:
             self._advance(self._run(chunks))
-        self._deliver()
+        if not (self._delivers_beside and chunks and self._scheduler.has_work):
+            self._deliver()
 
     def _loop(self) -> None:
         self._runner.prepare(self._config.threads)
@@ -348,8 +349,7 @@ class PagedEngine:
         room = self._context_length - len(request.prompt.ids)
         seed = request.sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed % 2**64
-        number = next(self._numbers)
-        return Request.create(number, request, mailbox, room, self._eos_ids, mix(seed))
+        return Request.create(next(self._numbers), request, mailbox, room, self._eos_ids, mix(seed))
 
     def _expire(self) -> None:
         """Tell those who wait their place; end those who waited too long."""

@@ -29,6 +29,7 @@ from serve.engine.sizing import CacheSize, LayerShape, size_cache
 from serve.errors import OutOfMemory
 
 if TYPE_CHECKING:
+    from serve.engine.decoder import Decoder
     from serve.engine.gpu import GpuSteps
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,10 @@ class Runner:
         inputs: StepInputs = token_inputs,
         steps: GpuSteps | None = None,
         shifts: Shifts = no_shifts,
+        decoder: Decoder | None = None,
     ) -> None:
         self._model = model
+        self._decoder = decoder
         self._shifts = shifts
         self._steps = steps
         self._backend = backend
@@ -96,6 +99,15 @@ class Runner:
         one gains 15 % for 8 streams, and requests' own work is a few percent of a core."""
         if self._device.type == "cpu":
             torch.set_num_threads(threads or os.cpu_count() or 1)
+
+    def beside(self, work: Callable[[], None]) -> bool:
+        """Whether each `run` from now on calls `work` once, at the moment from which it does not
+        need Python's lock. Work that wakes other threads costs it least there: elsewhere they take
+        the lock while every core waits for the next step to begin."""
+        if self._decoder is None:
+            return False
+        self._decoder.beside = work
+        return True
 
     def free_memory(self) -> None:
         """Give cached device memory back before trying again with less."""
@@ -214,8 +226,9 @@ def create_runner(
 ) -> tuple[Runner, KVCache, int]:
     """Look at the model, size the cache, and make what runs it. The third value is the context
     length that the cache can hold."""
+    decoder = None
     if device.type == "cpu" and config.fast_layers:
-        _quicken(model, config.packs_weights)
+        decoder = _quicken(model, config.packs_weights)
     config = fitted(config, device)
     shapes = probe(model, device)
     has_kernels = device.type == "cuda" and _fits_kernels(model, shapes, device)
@@ -243,7 +256,7 @@ def create_runner(
         return runner, cache, size.context_length
     make = CpuBackend if device.type == "cpu" else TorchBackend
     plain = make(shapes, size.groups, config.block_size, dtype, device)
-    runner = Runner(model, plain, config.block_size, device, inputs, shifts=shifts)
+    runner = Runner(model, plain, config.block_size, device, inputs, None, shifts, decoder)
     return runner, cache, size.context_length
 
 
@@ -278,18 +291,21 @@ def _tell_context(size: CacheSize, wanted: int, *, is_measured: bool) -> None:
     log.warning("The model's context of %d tokens is cut to the %d that fit.", wanted, held)
 
 
-def _quicken(model: Any, packs_weights: bool) -> None:
+def _quicken(model: Any, packs_weights: bool) -> Decoder | None:
     """A CPU's equivalents of stock layers; and of the whole forward, where the model fits."""
     if not packs_weights:
         modules.install(model, packs=False)
-        return
+        return None
     # Numba is loaded only where it is used.
     from serve.engine import decoder
 
     compiling = decoder.begin_compiling(model)
     modules.install(model, packs=True)
-    if decoder.fits(model):
-        model.forward = decoder.Decoder(model, compiling).forward
+    if not decoder.fits(model):
+        return None
+    made = decoder.Decoder(model, compiling)
+    model.forward = made.forward
+    return made
 
 
 def _budget_bytes(
