@@ -70,6 +70,8 @@
           box.style.height = `${Math.min(box.scrollHeight, innerHeight * 0.4)}px`;
         };
         box.placeholder = chinese ? "请输入问题…" : "Ask anything…";
+        byId("state-words").textContent = chinese ? "正在加载…" : "Loading…";
+        byId("language").textContent = chinese ? "EN" : "中文";
         box.value = localStorage.getItem(DRAFT) ?? "";
         fit();
         box.addEventListener("input", () => {

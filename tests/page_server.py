@@ -46,6 +46,8 @@ ANSWERS = {
     "中文😀, **bold**, ~5, a_b_c",
     "table": "| a | b |\n|---|---|\n| 1 | **2** |\n\n1. one\n2. two\n\n> quote\n\n"
     "[link](https://example.org) ![p](http://x.test/p.png) [bad](javascript:alert(1))",
+    "wide": "| n | a | b | c | d |\n|---|---|---|---|---|\n| 1 000 000 % |"
+    + " a few words in it |" * 4,
     "listed": "1. Steps:\n\n   ```python\n   def f(x):\n   \treturn x\t# tab\n   ```\n\n"
     "- `a\tb`\n\t- deeper\n\n\t  ```\n\t  \tdeep\n\t  ```\n",
     "hello": "Hello! How can I help?",

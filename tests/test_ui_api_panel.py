@@ -61,6 +61,7 @@ def shown_key(who: Reader) -> str:
 
 def copied_program(who: Reader, name: str) -> str:
     who.page.click(f"#program-{name}")
+    expect(who.page.locator("#program-note")).not_to_have_text("")
     expect(who.page.locator("#program-copy")).to_have_text("Copy")  # of the one before
     who.page.click("#program-copy")
     expect(who.page.locator("#program-copy")).to_have_text("Copied")
@@ -130,6 +131,7 @@ def test_the_panel_says_why_it_shows_no_key(
     who.page.click("#key-show")
     expect(who.page.locator("#key-note")).to_contain_text(words)
     expect(who.page.locator("#key-value")).to_contain_text("•")
+    expect(who.page.locator("#program-note")).to_have_text("curl")
     assert "$API_KEY" in copied_program(who, "curl")
     who.context.close()
     server.close()

@@ -6,14 +6,16 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, FilePayload, expect
+from playwright.sync_api import Browser, FilePayload, Page, expect
+from playwright.sync_api import Error as PlaywrightError
 
 from serve.errors import Overloaded
 from serve.values import PassedOver, Progress
-from tests.browser import BOX, PHONE, Reader, chromium
+from tests.browser import BOX, DRAWN, PHONE, Reader, chromium
 from tests.page_server import ANSWERS, PageServer, attach, start
 
 pytestmark = [
@@ -173,6 +175,18 @@ def test_thoughts_are_open_with_seconds_while_they_come_and_fold_after(reader: R
     expect(folded.locator("summary")).to_have_text(re.compile(r"Thought for \d+ s"))
     assert folded.get_attribute("open") is None
     assert "think" not in reader.answer()
+
+
+def test_thoughts_that_are_opened_to_be_read_stay_in_sight(reader: Reader) -> None:
+    reader.page.set_viewport_size({"width": 1280, "height": 300})
+    reader.ask("think")
+    summary = reader.last.locator(".thoughts summary")
+    summary.scroll_into_view_if_needed()
+    before = summary.evaluate("node => node.getBoundingClientRect().top")
+    summary.click()
+    expect(reader.last.locator(".thought")).to_be_visible()
+    reader.page.evaluate(DRAWN)
+    assert abs(summary.evaluate("node => node.getBoundingClientRect().top") - before) < 20
 
 
 def test_a_tool_call_is_shown_with_its_name_and_arguments(reader: Reader) -> None:
@@ -388,6 +402,7 @@ def test_files_are_read_as_text_and_a_picture_is_not_in_the_way(
     for i, name in enumerate(names):
         button = reader.page.locator("#composer .delete-button").nth(i)
         expect(button).to_have_accessible_name(f"Remove “{name}”")
+        expect(button).to_have_css("opacity", "1")  # a finger does not hover
     answer = reader.ask("what is it?")
     assert "the secret word is plum" in answer and "what is it?" in answer
     assert "the other word is pear" in answer
@@ -587,6 +602,60 @@ def test_what_another_tab_has_said_in_the_same_conversation_is_kept(reader: Read
     expect(reader.page.locator(".turn.user").last.locator(".versions")).to_contain_text("2/2")
 
 
+@contextmanager
+def another_tab(reader: Reader) -> Iterator[Page]:
+    """The same browser's, at the conversation that was open last."""
+    tab = reader.context.new_page()
+    tab.goto(reader.url)
+    tab.wait_for_selector(BOX, timeout=60000)
+    yield tab
+    tab.close()
+
+
+def test_an_answer_that_another_tab_writes_is_shown_as_it_grows_and_once_it_is_there(
+    reader: Reader,
+) -> None:
+    reader.send("slow")
+    expect(reader.last.locator(".words")).to_contain_text("word")
+    with another_tab(reader) as tab:
+        answer = tab.locator(".turn.assistant").last
+        expect(answer.locator(".notes")).to_have_text("Being answered in another tab.")
+        expect(answer.locator(".words")).to_contain_text("word word word")
+        tab.fill(BOX, "hello")
+        tab.press(BOX, "Enter")
+        expect(tab.locator("#hint")).to_have_text("Being answered in another tab.")
+        expect(tab.locator(BOX)).to_have_value("hello")
+        reader.wait_for_end(30)
+        expect(answer.locator(".words")).to_have_text(ANSWERS["slow"].strip())
+        expect(answer.locator(".notes")).to_have_text("")
+        expect(answer.get_by_role("button", name="Copy")).to_be_visible()
+        tab.press(BOX, "Enter")
+        for place in (tab, reader.page):  # who stood at the end goes along
+            expect(place.locator(".turn.assistant")).to_have_count(2)
+            expect(place.locator(".turn.assistant .words").last).to_have_text(ANSWERS["hello"])
+
+
+@pytest.mark.parametrize("end", ["closed", "crashed"])
+def test_an_answer_whose_tab_is_gone_was_stopped(
+    reader: Reader, server: PageServer, end: str
+) -> None:
+    reader.ask("hello")
+    with another_tab(reader) as tab:
+        tab.fill(BOX, "hang")
+        tab.press(BOX, "Enter")
+        expect(reader.last.locator(".words")).to_have_text("And then ")
+        expect(reader.last.locator(".notes")).to_have_text("Being answered in another tab.")
+        if end == "closed":
+            tab.close()
+        else:
+            with suppress(PlaywrightError):
+                tab.goto("chrome://crash", timeout=5000)
+        expect(reader.last.locator(".notes")).to_have_text("Stopped.")
+        expect(reader.last.locator(".words")).to_have_text("And then ")
+    assert server.engine.wait_until_idle(15)
+    assert reader.ask("exact") == ANSWERS["exact"].replace("**", "")
+
+
 def test_a_reload_while_an_answer_is_written_keeps_what_there_was(
     reader: Reader, server: PageServer
 ) -> None:
@@ -624,15 +693,22 @@ def test_who_comes_while_the_model_loads_sees_how_far_it_is_and_may_already_send
         )
     )
     with Reader(browser, server.url) as who:
-        state = who.page.locator("#state-words")
-        expect(state).to_have_text("Downloading 7.9 GB of 13.8 GB · 84 MB/s · about 70 s left")
+        state, far = who.page.locator("#state-words"), who.page.locator("#banner label")
+        expect(state).to_have_text("Downloading…")
+        expect(far).to_have_text("Downloading 7.9 GB of 13.8 GB · 84 MB/s · about 70 s left")
         expect(who.page.locator("#banner progress")).to_be_visible()
+        expect(who.page.locator("#banner")).to_have_role("group")  # not read out each second
         who.send("hello")
         expect(who.last).to_contain_text("Will be sent when the model is ready.")
         server.service.report(Progress("downloading", "m", "hub", 8, 13, 0.0, None, 12.0, 2))
-        expect(state).to_have_text("No data for 12 s, trying again (2)")
+        expect(far).to_have_text("No data for 12 s, trying again (2)")
+        server.service.report(Progress("downloading", "m", "hub", 3_000_000))
+        expect(far).to_have_text("Downloading, 3.0 MB so far")
+        server.service.report(Progress("loading", "m", "", 5_000_000_000, 13_800_000_000))
+        expect(far).to_have_text("Loading weights: 5.0 GB of 13.8 GB")
         server.service.report(Progress("loading"))
         expect(state).to_have_text("Loading weights…")
+        expect(who.page.locator("#banner")).to_be_hidden()
         attach(server.service, server.engine)
         who.wait_for_end()
         assert who.answer() == ANSWERS["hello"]
@@ -755,6 +831,11 @@ def test_a_phone_shows_the_conversation_and_the_box_without_scrolling_sideways(
         assert who.page.evaluate("() => document.documentElement.scrollWidth") == 360
         for part in ("#scroller", "#dock", ".top"):
             assert who.page.locator(part).evaluate("node => node.scrollWidth") <= 360
+        who.ask("wide")  # its table scrolls instead, and its numbers stay in one piece
+        cell = who.last.locator("td", has_text="1 000 000 %")
+        assert who.last.locator(".table").evaluate("node => node.scrollWidth") > 360
+        lines = "node => { const r = new Range(); r.selectNodeContents(node);"
+        assert cell.evaluate(lines + " return r.getClientRects().length; }") == 1
         box = who.page.locator(BOX).bounding_box()
         assert box is not None and box["y"] + box["height"] <= 740
         who.page.click("#open-sidebar")

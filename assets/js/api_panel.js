@@ -108,6 +108,7 @@ export class ApiPanel {
   #tell() {
     const minutes = Math.round((this.offer.expires_in ?? 0) / 60);
     this.note.textContent = t(`key_${this.offer.kind}`, { minutes });
+    this.#drawSnippet();
   }
 
   #tabs() {
@@ -124,15 +125,24 @@ export class ApiPanel {
     arrowKeys(choice);
     const text = el("pre", { id: "program", role: "tabpanel", tabIndex: 0 });
     const copy = copier(async () => {
-      const needsKey = SNIPPETS[this.chosen]({ base: "", key: "\0", model: "" }).includes("\0");
-      const key = needsKey ? await this.#keyOrSay() : "";
-      return key === null && needsKey && this.offer?.kind !== "operator" && this.offer?.kind !== "off"
-        ? null : this.snippet(key || "$API_KEY");
+      const key = this.#needsKey ? await this.#keyOrSay() : "";
+      return key === null && this.#hasKey ? null : this.snippet(key || "$API_KEY");
     });
     copy.id = "program-copy";
-    const whole = el("div", { className: "programs" }, choice, text, copy);
+    const top = el("div", { className: "code-top" }, el("span", { id: "program-note" }), copy);
+    const whole = el("div", { className: "programs" }, choice,
+      el("div", { className: "code" }, top, text));
     requestAnimationFrame(() => this.#drawSnippet());
     return whole;
+  }
+
+  get #needsKey() {
+    return SNIPPETS[this.chosen]({ base: "", key: "\0", model: "" }).includes("\0");
+  }
+
+  /** Whether this page may give one, as far as it knows. */
+  get #hasKey() {
+    return this.offer?.kind !== "operator" && this.offer?.kind !== "off";
   }
 
   snippet(key) {
@@ -143,6 +153,7 @@ export class ApiPanel {
     const text = byId("program");
     if (!text) return;
     text.textContent = this.snippet("$API_KEY");
+    byId("program-note").textContent = this.#needsKey && this.#hasKey ? t("key_filled") : this.chosen;
     text.setAttribute("aria-labelledby", `program-${this.chosen}`);
     for (const tab of byId("panel-api").querySelectorAll('.tabs [role="tab"]')) {
       const isChosen = tab.id === `program-${this.chosen}`;

@@ -5,11 +5,11 @@
 // says "need_history" when it does not (it was restarted); then the whole path goes along once.
 
 import { newId } from "./dom.js";
-import { dataAddress } from "./store.js";
+import { fileRecord, forServer, keepPictures, titleOf } from "./files.js";
+import { Tabs } from "./tabs.js";
 
 const SAVE_EVERY = 1500;
 const LEFT = "page-left";
-const LARGEST_PICTURE = 4_000_000;
 const ENDED = ["done", "stopped", "failed"];
 
 export class Chat {
@@ -24,6 +24,7 @@ export class Chat {
     this.unheard = ""; // an answer that was stopped before the server had said anything of it
     this.cancelled = 0; // when that, or a running one, was last stopped
     this.saved = 0;
+    this.tabs = new Tabs(this);
     this.startNew();
     bridge.onprepare = (box, turn, memory) => this.prepare(box, turn, memory);
     bridge.onbroken = () => this.#broken();
@@ -39,11 +40,9 @@ export class Chat {
 
   open(conversation) {
     this.#takeLeft(conversation);
-    for (const node of Object.values(conversation.nodes)) {
-      if (node.state === "running" && node.id !== this.run?.node.id) node.state = "stopped";
-    }
     const running = this.run?.conversation;
     this.conversation = running?.id === conversation.id ? running : conversation;
+    this.tabs.watch();
   }
 
   path(conversation = this.conversation, leaf = conversation.leaf) {
@@ -85,7 +84,8 @@ export class Chat {
   leave() {
     if (!this.run) return;
     const { id, text, reasoning } = this.run.node;
-    localStorage.setItem(LEFT, JSON.stringify({ id, text, reasoning }));
+    localStorage.setItem(LEFT, JSON.stringify({ id, text, reasoning, state: "stopped" }));
+    this.tabs.tell(this.run, { state: "stopped" });
   }
 
   #takeLeft(conversation) {
@@ -103,6 +103,37 @@ export class Chat {
     this.view?.listChanged();
   }
 
+  // -- other tabs --------------------------------------------------------------------------------
+
+  /** The answers of this conversation that are being written, but not by this tab. */
+  foreign() {
+    return Object.values(this.conversation.nodes)
+      .filter((node) => node.state === "running" && node.id !== this.run?.node.id);
+  }
+
+  /** Another tab tells of its answer. Who was at the end of the conversation goes along. */
+  hear({ conversation: id, question, answer }) {
+    if (id !== this.conversation.id) {
+      if (answer.state !== "running") this.view.listChanged();
+      return;
+    }
+    if (answer.id === this.run?.node.id) return;
+    const { nodes, leaf } = this.conversation;
+    const before = nodes[answer.id]?.state;
+    nodes[question.id] ??= question;
+    nodes[answer.id] = answer;
+    this.synced.delete(answer.id);
+    if (!before && [question.parent, question.id].includes(leaf)) this.conversation.leaf = answer.id;
+    if (before === answer.state) this.view.grow(answer, null);
+    else this.view.runChanged();
+  }
+
+  /** Nobody writes it any more. */
+  giveUp(node) {
+    node.state = "stopped";
+    this.view.runChanged();
+  }
+
   // -- asking ------------------------------------------------------------------------------------
 
   get isRunning() {
@@ -111,8 +142,10 @@ export class Chat {
 
   /** Whether something may be asked now; while an answer is written the reader is told why not. */
   isFree() {
-    if (this.isRunning) this.view.busy();
-    return !this.isRunning;
+    const isElsewhere = this.conversation.nodes[this.conversation.leaf]?.state === "running";
+    if (this.isRunning) this.view.busy("still_running");
+    else if (isElsewhere) this.view.busy("elsewhere");
+    return !this.isRunning && !isElsewhere;
   }
 
   /** A new question of words alone. It goes out once Gradio is there to take it. */
@@ -176,8 +209,9 @@ export class Chat {
   #begin(node) {
     const now = Date.now();
     this.run = { conversation: this.conversation, node, since: now, last: now, turn: null };
-    this.conversation.updated = now;
+    this.conversation.updated = node.at = now;
     this.save();
+    this.tabs.tell(this.run);
     this.view.drawAll({ follow: true });
     this.view.runChanged();
   }
@@ -202,7 +236,7 @@ export class Chat {
     }
     const text = box?.text ?? "";
     const files = box?.files ?? [];
-    if (this.isRunning || (!text.trim() && !files.length)) {
+    if ((!text.trim() && !files.length) || !this.isFree()) {
       return [{ text: "", files: [] }, { noop: true }, memory];
     }
     const question = this.#question(text, files);
@@ -255,29 +289,12 @@ export class Chat {
 
   async #forServer(node) {
     this.synced.add(node.id);
-    const files = [];
-    for (const file of node.files ?? []) {
-      if (file.kind !== "image") files.push({ kind: file.kind, name: file.name, text: file.text });
-      else if (file.picture) {
-        const blob = await this.store.picture(file.picture);
-        if (blob) files.push({ kind: "image", data: (await dataAddress(blob)).split(",")[1] });
-      }
-    }
+    const files = await forServer(node.files ?? [], this.store);
     return { id: node.id, parent: node.parent, role: node.role, text: node.text, files };
   }
 
-  /** Pictures are kept in the browser: the server forgets them with the page. */
   async #keepPictures(question, files) {
-    for (const [i, file] of files.entries()) {
-      if (question.files[i].kind !== "image") continue;
-      try {
-        const blob = await shrunk(await (await fetch(file.url)).blob());
-        question.files[i].picture = newId();
-        await this.store.putPicture(question.files[i].picture, blob);
-      } catch {
-        question.files[i].note = "picture_not_kept";
-      }
-    }
+    await keepPictures(question.files, files, this.store);
     this.view.redraw(question);
   }
 
@@ -312,12 +329,14 @@ export class Chat {
     const { node } = run;
     const { text, reasoning, calls, stats, notes, error, cut } = snapshot;
     Object.assign(node, { text, reasoning, calls, stats, notes, error, cut });
+    node.at = Date.now();
     node.phase = snapshot.phase;
     node.queue = snapshot.queue;
     node.thought = snapshot.thought_seconds;
     if (snapshot.phase === "thinking") run.thinkingSince ??= Date.now();
     if (snapshot.files?.length) this.#takeFiles(run, snapshot.files);
     this.synced.add(node.parent);
+    this.tabs.grown(run);
     this.view.grow(node, run);
   }
 
@@ -330,7 +349,8 @@ export class Chat {
   }
 
   #end(state) {
-    const { conversation, node } = this.run;
+    const { run } = this;
+    const { conversation, node } = run;
     node.state = state;
     node.model = this.settings.shownModel;
     delete node.phase;
@@ -339,8 +359,9 @@ export class Chat {
     this.pending = null;
     if (state === "done") this.synced.add(node.id);
     else this.synced.delete(node.id);
-    conversation.updated = Date.now();
+    conversation.updated = node.at = Date.now();
     this.save(conversation);
+    this.tabs.tell(run);
     this.view.ended(node);
     this.view.runChanged();
   }
@@ -373,25 +394,4 @@ export class Chat {
     this.synced.clear();
     this.#end("failed");
   }
-}
-
-function fileRecord(file) {
-  const isPicture = (file.mime_type ?? "").startsWith("image/");
-  return { name: file.orig_name ?? "file", kind: isPicture ? "image" : "text", size: file.size,
-    text: "" };
-}
-
-function titleOf(text, files) {
-  const line = text.trim().split("\n")[0] || files[0]?.orig_name || "";
-  return line.length > 60 ? `${line.slice(0, 60)}…` : line;
-}
-
-/** A picture of at most 2048 pixels a side; small files stay as they are. */
-async function shrunk(blob) {
-  if (blob.size <= LARGEST_PICTURE) return blob;
-  const bitmap = await createImageBitmap(blob);
-  const scale = Math.min(1, 2048 / Math.max(bitmap.width, bitmap.height));
-  const canvas = new OffscreenCanvas(bitmap.width * scale, bitmap.height * scale);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.9 });
 }

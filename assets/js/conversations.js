@@ -48,10 +48,10 @@ export class Conversations {
     const open = el("button", { type: "button", className: "open", title }, title);
     if (isCurrent) open.setAttribute("aria-current", "true");
     open.addEventListener("click", () => this.open(conversation.id));
-    const item = el("li", {}, open,
+    const item = el("li", {}, open, el("span", { className: "tools" },
       iconButton("edit", t("rename_chat", { title }), () => this.#rename(item, conversation)),
       iconButton("save", t("export_chat", { title }), () => this.#export(conversation)),
-      iconButton("trash", t("delete_chat", { title }), () => this.#askDelete(item, conversation)));
+      iconButton("trash", t("delete_chat", { title }), () => this.#askDelete(item, conversation))));
     return item;
   }
 
@@ -84,15 +84,16 @@ export class Conversations {
   }
 
   #askDelete(item, conversation) {
-    const yes = el("button", { type: "button", className: "danger" }, t("delete"));
+    const yes = el("button", { type: "button", className: "small danger" }, t("delete"));
     yes.addEventListener("click", async () => {
       if (this.chat.run?.conversation.id === conversation.id) this.chat.stop();
       await this.store.remove(conversation.id);
       if (conversation.id === this.chat.conversation.id) this.open(null);
       else await this.list();
     });
-    const no = el("button", { type: "button", on: { click: () => this.list() } }, t("cancel"));
-    item.replaceChildren(el("span", {}, t("delete_sure")), yes, no);
+    const no = el("button", { type: "button", className: "small", on: { click: () => this.list() } },
+      t("cancel"));
+    item.replaceChildren(el("span", { className: "sure" }, t("delete_sure")), yes, no);
     yes.focus();
   }
 

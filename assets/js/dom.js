@@ -18,10 +18,7 @@ export function el(tag, properties = {}, ...children) {
 }
 
 const PATHS = {
-  menu: "M4 6h16M4 12h16M4 18h16",
-  plus: "M12 5v14M5 12h14",
   close: "M6 6l12 12M18 6L6 18",
-  theme: "M12 3a9 9 0 1 0 9 9 7 7 0 0 1-9-9z",
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
   check: "M5 13l4 4L19 7",
   retry: "M4 12a8 8 0 1 0 2.5-5.8M4 4v5h5",
@@ -29,12 +26,9 @@ const PATHS = {
   left: "M15 6l-6 6 6 6",
   right: "M9 6l6 6-6 6",
   trash: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
-  play: "M7 5l12 7-12 7z",
   save: "M12 4v11M7 11l5 5 5-5M5 20h14",
-  load: "M12 16V5M7 9l5-5 5 5M5 20h14",
   image: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4",
   file: "M7 3h7l4 4v14H7zM14 3v4h4",
-  eye: "M2 12s4-7 10-7 10 7 10 7-4 7-10 7-10-7-10-7zM12 9a3 3 0 1 0 0 6 3 3 0 0 0 0-6z",
 };
 
 export function icon(name) {

@@ -6,7 +6,7 @@ import { ClipMenu } from "./clip_menu.js";
 import { Composer } from "./composer.js";
 import { drawContext } from "./context.js";
 import { Conversations } from "./conversations.js";
-import { byId, el, icon } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { loadMarkdown } from "./markdown.js";
 import { Models } from "./models.js";
 import { Settings, bindLook, drawEffort, drawSettings } from "./settings.js";
@@ -69,8 +69,8 @@ function viewOf(page) {
     askedAgain: (question) => {
       if (composer.area.value === question.text) composer.fill(""); // it was given back
     },
-    busy: () => {
-      byId("hint").textContent = t("still_running");
+    busy: (why) => {
+      byId("hint").textContent = t(why);
     },
     runChanged: () => {
       composer.running(page.chat.isRunning);
@@ -105,9 +105,6 @@ function drawWords(page) {
   for (const node of document.querySelectorAll("[data-t-label]")) {
     node.setAttribute("aria-label", t(node.dataset.tLabel));
     if (node.tagName === "BUTTON") node.title = t(node.dataset.tLabel);
-  }
-  for (const node of document.querySelectorAll("[data-icon]")) {
-    if (!node.querySelector("svg")) node.prepend(icon(node.dataset.icon));
   }
   byId("language").textContent = document.documentElement.lang === "en" ? "中文" : "EN";
   page.status.draw();

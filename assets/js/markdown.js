@@ -198,13 +198,21 @@ function itemContent(item, isComplete) {
 }
 
 function table(token) {
+  const widths = token.header.map((_, i) => columnWidth([token.header, ...token.rows].map((row) => row[i].text)));
   const cell = (tag) => (content, i) =>
-    el(tag, { style: token.align[i] ? `text-align: ${token.align[i]}` : "" },
+    el(tag, { style: `min-width: ${widths[i]}${token.align[i] ? `; text-align: ${token.align[i]}` : ""}` },
       ...inline(content.tokens, true));
   const head = el("tr", {}, ...token.header.map(cell("th")));
   const rows = token.rows.map((row) => el("tr", {}, ...row.map(cell("td"))));
   const whole = el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows));
   return el("div", { className: "table", tabIndex: 0, role: "group" }, whole);
+}
+
+/** Room for the longest of `texts`, or for a few words: a number stays whole, a sentence readable;
+ * a table that is too wide for the page scrolls. */
+function columnWidth(texts) {
+  const lengths = texts.map((words) => [...words].reduce((sum, c) => sum + (c > "\u2e80" ? 2 : 1), 0));
+  return `calc(${Math.min(Math.max(...lengths), 12)}ch + 24px)`;
 }
 
 function inline(tokens = [], isInTable = false) {

@@ -5,9 +5,10 @@ import { el } from "./dom.js";
 import { duration, has, isChinese, t } from "./texts.js";
 
 /** `offer` is what the reader may do about a conversation that is too long; see context.js. */
-export function drawNotes(place, node, isRunning, offer) {
+export function drawNotes(place, node, isRunning, { isElsewhere, offer }) {
   const parts = [];
-  if (isRunning && !node.text && !node.reasoning) parts.push(queueLine(node));
+  if (isElsewhere) parts.push(el("p", { className: "pulse" }, t("elsewhere")));
+  else if (isRunning && !node.text && !node.reasoning) parts.push(queueLine(node));
   for (const note of node.notes ?? []) {
     parts.push(el("details", { className: "note" }, el("summary", {}, t(note.code)),
       el("p", {}, t(`${note.code}_more`, note))));

@@ -109,7 +109,7 @@ function maxTokens(settings) {
     const number = Math.floor(Number(control.value));
     settings.set("max_tokens", control.value && number >= 1 ? number : null);
   });
-  return field("max_tokens", control, t("max_tokens_hint"));
+  return field("max_tokens", control);
 }
 
 /** The effort chip beside the composer: only for a model that has efforts. */

@@ -66,8 +66,7 @@ export class Status {
     if (now.ready) {
       return now.waiting > 0 ? t("state_busy", { waiting: now.waiting }) : t("state_ready");
     }
-    const { phase } = now.progress;
-    return phase === "downloading" ? downloading(now.progress) : t(`state_${phase}`);
+    return t(`state_${now.progress.phase}`); // how far it is stands in the banner
   }
 
   #drawBadge() {
@@ -82,6 +81,8 @@ export class Status {
     const banner = byId("banner");
     const content = this.isLost ? [t("banner_lost")] : this.#loading();
     banner.hidden = content.length === 0;
+    // Bytes change every second: they are for the eye, not to be read out each time.
+    banner.role = content.some((part) => part.id === "download") ? "group" : "alert";
     const key = content.map((part) => part.outerHTML ?? part).join("");
     if (banner.key === key) return;
     banner.key = key;
@@ -96,9 +97,11 @@ export class Status {
       parts.push(el("strong", {}, t("banner_failed")), serverWords(progress.detail),
         el("button", { type: "button", className: "small", id: "try-again",
           on: { click: () => this.ontryagain() } }, t("try_again")));
-    } else if (!now.ready && progress.total_bytes) {
-      parts.push(el("label", { htmlFor: "download" }, downloading(progress)),
-        el("progress", { id: "download", max: progress.total_bytes, value: progress.done_bytes ?? 0 }));
+    } else if (!now.ready && (progress.total_bytes || progress.phase === "downloading")) {
+      const known = progress.total_bytes
+        ? { max: progress.total_bytes, value: progress.done_bytes ?? 0 } : {};
+      parts.push(el("label", { htmlFor: "download" }, howFar(progress)),
+        el("progress", { id: "download", ...known }));
     }
     if (now.passed_over.length && (now.ready || progress.phase === "failed")) {
       parts.push(this.#passedOver());
@@ -109,26 +112,30 @@ export class Status {
   /** Another model than the one asked for serves: which, why, and what to set. */
   #passedOver() {
     const items = this.now.passed_over.map((p) =>
-      el("li", {}, el("b", {}, p.candidate), ` — ${p.reason} ${p.fix ?? ""}`));
+      el("li", {}, el("b", {}, p.candidate), ` — ${sentence(p.reason)} ${p.fix ?? ""}`));
     const model = this.now.model?.id ?? "";
     const title = model ? t("banner_other", { model, asked: this.now.requested }) : t("why");
-    return el("details", {}, el("summary", {}, title), el("ul", {}, ...items));
+    return el("details", { className: "reasons" }, el("summary", {}, title), el("ul", {}, ...items));
   }
 }
 
-function downloading(progress) {
-  if (progress.stalled_seconds > 5) {
-    return t("state_stalled", { seconds: Math.round(progress.stalled_seconds),
+const sentence = (words) => (/[.!?]$/.test(words) ? words : `${words}.`);
+
+/** Bytes, speed and time of a download, or of weights on their way into memory. */
+function howFar(progress) {
+  const isLoading = progress.phase === "loading";
+  if (progress.stalled_seconds > 5 && !isLoading) {
+    return t("progress_stalled", { seconds: Math.round(progress.stalled_seconds),
       attempt: progress.attempt });
   }
   const parts = [];
   if (progress.total_bytes) {
-    parts.push(t("state_downloading",
+    parts.push(t(isLoading ? "progress_loading" : "progress_downloading",
       { done: bytes(progress.done_bytes ?? 0), total: bytes(progress.total_bytes) }));
-  } else parts.push(t("state_downloading_some", { done: bytes(progress.done_bytes ?? 0) }));
+  } else parts.push(t("progress_some", { done: bytes(progress.done_bytes ?? 0) }));
   if (progress.bytes_per_second) parts.push(`${bytes(progress.bytes_per_second)}/s`);
   if (progress.seconds_left) {
-    parts.push(t("state_left", { time: duration(progress.seconds_left) }));
+    parts.push(t("progress_left", { time: duration(progress.seconds_left) }));
   }
   return parts.join(" · ");
 }

@@ -120,11 +120,13 @@ class MemoryShelf {
   }
 }
 
-/** Nodes are only ever added, and answers only grow: of two the longer is the newer. */
+/** Nodes are only ever added, and answers only grow: of two that were written at once the longer. */
 function takeIn(ours, theirs) {
+  const age = (node) => node.at ?? 0;
   for (const [id, node] of Object.entries(theirs)) {
+    const newer = ours[id] && (age(node) - age(ours[id]) || node.text.length - ours[id].text.length);
     if (!ours[id]) ours[id] = node;
-    else if (ours[id].text.length < node.text.length) Object.assign(ours[id], node);
+    else if (newer > 0) Object.assign(ours[id], node);
   }
 }
 

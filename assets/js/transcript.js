@@ -101,6 +101,11 @@ export class Transcript {
         this.isFollowing = false;
       }
     }, { passive: true });
+    // What is opened is to be read: the page stays where it is.
+    this.log.addEventListener("click", (event) => {
+      const block = event.target.closest("summary")?.parentElement;
+      if (block && !block.open) this.isFollowing = false;
+    });
     byId("newest").addEventListener("click", () => this.follow());
     new ResizeObserver(() => this.#keepUp()).observe(this.log);
   }
@@ -167,15 +172,19 @@ export class Transcript {
   }
 
   #fillAnswer(turn, node, run) {
-    const isRunning = run?.node.id === node.id;
+    const isOurs = run?.node.id === node.id;
+    const isRunning = isOurs || node.state === "running"; // in another tab
     turn.dataset.state = node.state;
     turn.setAttribute("aria-busy", String(isRunning));
-    this.#fillThought(turn, node, isRunning ? run : null);
+    this.#fillThought(turn, node, isOurs ? run : null);
     const words = turn.querySelector(".words");
     draw(words, node.text, !isRunning);
     words.classList.toggle("growing", isRunning && Boolean(node.text));
     this.#fillCalls(turn.querySelector(".calls"), node);
-    drawNotes(turn.querySelector(".notes"), node, isRunning, () => offerToCut(this.chat, node));
+    drawNotes(turn.querySelector(".notes"), node, isRunning, {
+      isElsewhere: !isOurs && this.chat.tabs.isWriting(node),
+      offer: () => offerToCut(this.chat, node),
+    });
     const actions = turn.querySelector(".actions");
     if (isRunning) actions.replaceChildren();
     else if (!actions.childElementCount) actions.append(...this.#answerActions(node));
@@ -200,7 +209,10 @@ export class Transcript {
     block.classList.toggle("live", isThinking);
     const text = block.querySelector(".thought");
     draw(text, node.reasoning, !isThinking);
-    if (isThinking) text.scrollTop = text.scrollHeight;
+    if (isThinking) {
+      text.scrollTop = text.scrollHeight;
+      text.classList.toggle("long", text.scrollTop > 0);
+    }
     return undefined;
   }
 
@@ -226,10 +238,10 @@ export class Transcript {
     return [
       isWhole ? null : retry,
       canGoOn ? goOn : null,
+      this.#versions(node), // always in sight, so first; the others come with the mouse
       node.text ? this.#copyButton(node) : null,
       isWhole ? iconButton("retry", t("retry"), () => chat.retry(node)) : null,
       node.text ? iconButton("edit", t("edit"), () => this.editTurn(node)) : null,
-      this.#versions(node),
       el("span", { className: "stats" }, statsLine(node)),
     ].filter(Boolean);
   }

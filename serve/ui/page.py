@@ -27,7 +27,7 @@ SESSION_SECONDS = 6 * 3600
 QUEUE_SECONDS = 0.01  # Gradio's own 1 ms wakes an idle process a thousand times a second
 LONGEST_PASTE = 1_000_000  # a pasted text stays text; Gradio's default makes a file of it at 1000
 
-# What the script does when Gradio has put each part on the page; see assets/js/bridge.js.
+# What the script does when Gradio has put each part on the page; see assets/early.js.
 PAGE_LOADED = "window.chatPage.bridge.page(element, trigger)"
 STREAM_LOADED = "watch('value', () => window.chatPage.bridge.news(props.value))"
 PREPARE = "(box, turn, memory) => window.chatPage.bridge.prepare(box, turn, memory)"
