@@ -17,7 +17,8 @@ from serve.engine.face import BlockingMailbox, GenerationRequest, Prompt, Tokens
 from serve.model import LoadedModel
 from serve.quantization.folder import load_weights, read_weights
 from serve.quantization.machine import Machine, free_memory
-from serve.quantization.plan import Refused, Weights, plan, plan_gguf
+from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
+from serve.quantization.transform import stated_config, without_compiler
 from serve.settings import QuantType, from_env
 from serve.values import PassedOver, Sampling
 from tests.tiny import tiny_gpt_oss, tiny_llama
@@ -319,5 +320,71 @@ def test_other_widths_are_gptqmodels_where_it_is_installed_and_refused_before_th
     stock = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_weights(packed, weights.config, chosen, "cpu", vision=False)
-    assert given["config"].quantization_config["bits"] == 8
+    stated = given["config"].quantization_config
+    assert (stated["bits"], stated["backend"]) == (8, "gptq_torch")
     assert "quantization_config" not in given
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "said"),
+    [
+        ("awq", {"version": "gemv"}, "'gemv'; 'gemm' can be read"),
+        ("awq", {"version": "marlin", "bits": 8}, "'marlin'"),
+        ("awq", {"bits": 1}, "2, 3, 4, 5, 6, 7, 8 can be read"),
+        ("gptq", {"checkpoint_format": "marlin"}, "'gptq' and 'gptq_v2' can be read"),
+        ("gptq", {"bits": 5}, "2, 3, 4, 8 can be read"),
+    ],
+)
+def test_what_gptqmodel_does_not_read_either_is_refused_before_its_download(
+    monkeypatch: pytest.MonkeyPatch, method: str, change: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("serve.quantization.plan.has_gptqmodel", lambda method: True)
+    stored = {"quant_method": method, "bits": 4, **change}
+    with pytest.raises(Refused, match=said):
+        planned(Weights({"quantization_config": stored}, 10), on("cuda", 80))
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "device", "kernel"),
+    [
+        ("gptq", 8, "cuda", "gptq_triton"),
+        ("gptq", 3, "cuda", "gptq_torch"),
+        ("gptq", 8, "cpu", "gptq_torch"),
+        ("awq", 8, "cuda", "torch_awq"),
+    ],
+)
+def test_gptqmodel_is_given_a_kernel_that_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, method: str, bits: int, device: str, kernel: str
+) -> None:
+    monkeypatch.setattr("serve.quantization.transform.find_spec", lambda name: name)
+    stored = {"quant_method": method, "bits": bits, "backend": "marlin"}
+    chosen = Plan("gptqmodel", "float16", 0)
+    stated = stated_config(chosen, {"quantization_config": stored}, device)
+    assert stated["quantization_config"] == {**stored, "backend": kernel}
+    assert stored["backend"] == "marlin"
+
+
+def test_what_torch_would_compile_at_the_first_request_is_plain_again() -> None:
+    class Layer(torch.nn.Module):
+        def dequantize_weight(self) -> str:
+            return "plain"
+
+    layer = Layer()
+    layer.dequantize_weight = lambda: "compiled"  # type: ignore[method-assign]
+    without_compiler(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+    assert layer.dequantize_weight() == "plain"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "bits", "act_order"),
+    [("gptq", 2, False), ("gptq", 3, True), ("gptq", 8, True), ("awq", 3, False), ("awq", 8, False)],
+)
+def test_gptqmodels_layers_answer_as_the_weights_they_mean(
+    tmp_path: Path, method: str, bits: int, act_order: bool
+) -> None:
+    pytest.importorskip("gptqmodel")  # requirements-gptq.txt
+    packed, plain = quantized_llama(tmp_path, method, bits=bits, act_order=act_order)
+    held, meant = load_path(packed, tmp_path), logits(load_path(plain, tmp_path))
+    assert held.quantization == "gptqmodel"
+    assert (logits(held) - meant).abs().max() < 2e-3 * meant.abs().max()

@@ -24,10 +24,11 @@ def quantized_llama(
     act_order: bool = False,
     form: str = "gptq",
     bits: int = 4,
+    **sizes: int,
 ) -> tuple[Path, Path]:
-    """(packed, plain): the plain one has exactly the packed one's weights, in float32. `bits` other
-    than 4 for GPTQ only."""
-    plain, packed = tiny_llama(folder / "plain", intermediate_size=128), folder / "packed"
+    """(packed, plain): the plain one has exactly the packed one's weights, in float32."""
+    sizes = {"intermediate_size": 128, **sizes}
+    plain, packed = tiny_llama(folder / "plain", **sizes), folder / "packed"
     shutil.copytree(plain, packed)
     weights = load_file(plain / "model.safetensors")
     meant, stored = {}, {}
@@ -37,7 +38,8 @@ def quantized_llama(
             codes, scales, zeros, group_of = _quantize(weight, group, order, 2**bits - 1)
             meant[name] = ((codes - zeros[:, group_of]) * scales[:, group_of]).float()
             stem = name.removesuffix("weight")
-            tensors = _awq(codes, zeros) if method == "awq" else _gptq(codes, zeros, form, bits)
+            packing = _awq if method == "awq" else _gptq
+            tensors = packing(codes, zeros, form, bits)
             stored |= {stem + key: tensor for key, tensor in tensors.items()}
             stored[stem + "scales"] = scales.T.half().contiguous()
             if method == "gptq":
@@ -82,16 +84,19 @@ def _quantize(
 
 
 def _words(numbers: Tensor, bits: int = 4) -> Tensor:
-    """[rows, n * 32 / bits] numbers -> int32 [rows, n], the first in a word's lowest bits."""
-    each = 32 // bits
-    shifts = torch.tensor([bits * i for i in range(each)])
-    words = (numbers.long().unflatten(1, (-1, each)) << shifts).sum(-1)
+    """[rows, n * 32 / bits] numbers -> int32 [rows, n]: their bits one after another, the lowest
+    first. Where 32 is no multiple of `bits`, a number may lie across two words."""
+    stream = (numbers.long().unsqueeze(-1) >> torch.arange(bits)) & 1
+    words = (stream.flatten(1).unflatten(1, (-1, 32)) << torch.arange(32)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def _awq(codes: Tensor, zeros: Tensor) -> dict[str, Tensor]:
+def _awq(codes: Tensor, zeros: Tensor, _: str, bits: int) -> dict[str, Tensor]:
+    """Only 4 bits have AWQ's own order of columns."""
+
     def packed(rows: Tensor) -> Tensor:
-        return _words(rows.unflatten(1, (-1, 8))[..., list(AWQ_COLUMNS)].flatten(1))
+        order = list(AWQ_COLUMNS if bits == 4 else range(8))
+        return _words(rows.unflatten(1, (-1, 8))[..., order].flatten(1), bits)
 
     return {"qweight": packed(codes.T), "qzeros": packed(zeros.T)}
 

@@ -183,14 +183,13 @@ def load_weights(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from serve.quantization.transform import quantization_options
+    from serve.quantization.transform import quantization_options, stated_config, without_compiler
 
     files = weight_files(folder)
     sizes = {name: size for file in files for name, size in check_safetensors(file).items()}
     options = quantization_options(plan, config, files)
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    is_ours = plan.method in ("awq", "gptq", "mxfp4")
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(kept if is_ours else dict(config))
+    stated = stated_config(plan, config, device)
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(stated)
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     try:
         with told(sizes, arrived):
@@ -209,6 +208,8 @@ def load_weights(
             f"transformers cannot load it: {_first_line(error)}",
             "Check the folder against the model's page, or name another model.",
         ) from error
+    if plan.method == "gptqmodel":
+        without_compiler(model)
     return model.eval()
 
 

@@ -21,7 +21,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 MXFP4_BYTES = 17 / 32  # per parameter: 32 halves of a byte and one scale
-OWN_LAYOUTS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}  # read by our own 4-bit layers
+LAYOUTS = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}
+FOREIGN_BITS = {"awq": (2, 3, 5, 6, 7, 8), "gptq": (2, 3, 8)}  # gptqmodel's, through transformers
 PACKED_BYTES = 0.56  # bnb4 (NF4, double quantized), as measured over whole layers
 GGUF_BITS = {
     "mxfp4": 4.25, "q2": 2.6, "q3": 3.4, "q4": 4.6, "q5": 5.6, "q6": 6.6, "q8": 8.5,
@@ -245,14 +246,20 @@ def _foreign_packing(weights: Weights, method: str) -> str:
     stored = weights.config["quantization_config"]
     bits = int(stored.get("bits") or stored.get("w_bit") or 4)
     named = stored.get("version") if method == "awq" else stored.get("checkpoint_format")
-    layout = str(named or OWN_LAYOUTS[method][0]).lower()
-    if bits == 4 and layout in OWN_LAYOUTS[method]:
-        return ""
+    layout = str(named or LAYOUTS[method][0]).lower()
     told = f"its {method.upper()} weights have {bits} bits in the layout {layout!r}"
+    known = " and ".join(repr(one) for one in LAYOUTS[method])
+    if layout not in LAYOUTS[method]:
+        # gptqmodel has kernels for some, which it compiles with CUDA's compiler when first used.
+        raise Refused(f"{told}; {known} can be read here", "Name a model with such weights.")
+    if bits == 4:
+        return ""
+    if bits not in FOREIGN_BITS[method]:
+        widths = ", ".join(str(one) for one in sorted((4, *FOREIGN_BITS[method])))
+        raise Refused(f"{told}; {widths} can be read", "Name a model with such weights.")
     if not has_gptqmodel(method):
-        own = " and ".join(repr(one) for one in OWN_LAYOUTS[method])
         raise Refused(
-            f"{told}; 4 bits in {own} are read without gptqmodel",
+            f"{told}; 4 bits in {known} are read without gptqmodel",
             "Install what requirements-gptq.txt says, or name a model with such weights.",
         )
     return told
