@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections import deque
@@ -123,18 +124,31 @@ def test_without_a_package_registry_the_fix_is_a_command(
 def test_a_registry_may_be_slow_as_long_as_pip_is_patient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It answers after 6 s; pip waits for 15 unless its user says otherwise."""
+    """pip waits for as long as its user says, and as it would alone if nobody says: nothing that
+    bounds its patience is passed to it."""
+    commands: list[list[str]] = []
+    start = subprocess.Popen
+
+    def noted(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        assert "env" not in options
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
     monkeypatch.setattr(openxlab, "SDK", "openxlab==9.9.9")
     monkeypatch.setattr(openxlab, "SDK_EXTRAS", ())
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with registry_with("openxlab", "9.9.9", seconds=6.0) as index:
+    with registry_with("openxlab", "9.9.9", seconds=0.8) as index:
         monkeypatch.setenv("PIP_INDEX_URL", index)
-        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "1")
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "0.3")
         with pytest.raises(SourceFailed, match="could not fetch openxlab"):
             openxlab.install_sdk(tmp_path / "sdk")
         monkeypatch.delenv("PIP_DEFAULT_TIMEOUT")
         openxlab.install_sdk(tmp_path / "sdk")
     assert (tmp_path / "sdk" / "openxlab" / "__init__.py").exists()
+    assert len(commands) == 2 and all("pip" in command for command in commands)
+    words = [word for command in commands for word in command]
+    assert not [word for word in words if "timeout" in word.lower() or "retries" in word.lower()]
 
 
 def test_of_two_that_need_it_at_once_one_installs_it(
