@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (an old image runs this file too)
 
     restart_with_newer_python(__file__)
 
+import errno
 import gc
 import logging
 import os
@@ -83,10 +84,14 @@ def folder_problem(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return (
-            f"WORK_DIR={folder.parent} cannot be used: {error.strerror}. "
-            "Set WORK_DIR to a folder that this user may write to."
-        )
+        return unusable(folder, error)
+
+
+def unusable(folder: Path, error: OSError) -> str:
+    fix = "Set WORK_DIR to a folder that this user may write to."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "Free disk space, or set WORK_DIR to a larger disk."
+    return f"WORK_DIR={folder.parent} cannot be used: {error.strerror}. {fix}"
 
 
 def serve(settings: Settings) -> int:
@@ -101,7 +106,11 @@ def serve(settings: Settings) -> int:
     from serve.ui.page import create_page, launch_options
 
     service = Service(", ".join(settings.model_ids) or settings.hf_model_id, PUBLIC_MODEL_NAME)
-    keys, budgets = KeyRing.from_settings(settings), Budgets(settings)
+    try:
+        keys, budgets = KeyRing.from_settings(settings), Budgets(settings)
+    except OSError as error:  # a full disk has room for an empty file, but not for a key
+        print(unusable(settings.runtime_dir, error), file=sys.stderr)
+        return 2
     api = create_api(service, keys, settings, budgets)
     page = create_page(service, visit_of=visits(keys, budgets, settings))
     options = launch_options(service)

@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS responses (
 );
 CREATE INDEX IF NOT EXISTS by_age ON responses (made);
 """
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +54,27 @@ class ResponseStore:
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.touch(mode=0o600)
             self._db = self._opened(path)
-        except sqlite3.DatabaseError:
-            aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
-            path.replace(aside)
-            log.warning("the response store is damaged; it is now %s and a new one is begun", aside)
-            self._db = self._opened(path)
+        except (sqlite3.DatabaseError, OSError) as error:
+            self._db = self._instead(path, error)
         self._rows, self._bytes = self._db.execute(
             "SELECT count(*), coalesce(sum(bytes), 0) FROM responses"
         ).fetchone()
 
-    @staticmethod
-    def _opened(path: Path) -> sqlite3.Connection:
+    def _instead(self, path: Path, error: Exception) -> sqlite3.Connection:
+        """A full disk is no reason to throw away what is there, nor to serve nobody."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DAMAGED:
+            log.warning("the response store cannot be opened (%s): memory takes its place", error)
+            return self._opened(":memory:")
+        aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+        path.replace(aside)
+        log.warning("the response store is damaged; it is now %s and a new one is begun", aside)
         path.touch(mode=0o600)
+        return self._opened(path)
+
+    @staticmethod
+    def _opened(path: Path | str) -> sqlite3.Connection:
         db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -84,3 +85,28 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     kept.put("t", made("a"))
     kept.close()
     assert len(list(tmp_path.glob("*.damaged-*"))) == 1
+
+
+def test_a_disk_without_room_leaves_the_file_alone_and_memory_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.sqlite3"
+    kept = ResponseStore(path)
+    kept.put("t", made("a"))
+    kept.close()
+    opened = ResponseStore._opened
+
+    def full(place: Path | str) -> sqlite3.Connection:
+        if place == path:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        return opened(place)
+
+    monkeypatch.setattr(ResponseStore, "_opened", staticmethod(full))
+    beside = ResponseStore(path)
+    beside.put("t", made("b"))
+    assert ids(beside.conversation("t", "b")) == ["in_b", "out_b"]
+    beside.close()
+    monkeypatch.undo()
+    assert ids(ResponseStore(path).conversation("t", "a")) == ["in_a", "out_a"]
