@@ -254,3 +254,12 @@ def test_a_completion_keeps_the_space_it_begins_with() -> None:
     reading = choose(tokenizer, "llama").text_parser(TextRequest("hello"))
     found = reading.feed(tokenizer.encode("world", add_special_tokens=False)) + reading.finish()
     assert "".join(event.text for event in found if isinstance(event, TextDelta)) == " world"
+
+
+def test_an_effort_that_comes_before_it_is_known_who_answers_changes_nothing_or_is_refused() -> (
+    None
+):
+    plain = rendered(CHATML, say("user", "x"))
+    assert rendered(CHATML, say("user", "x"), reasoning_effort="high") == plain
+    with pytest.raises(Unsupported, match="does not reason"):
+        rendered(CHATML, say("user", "x"), template_options={"enable_thinking": True})

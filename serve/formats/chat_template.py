@@ -113,7 +113,10 @@ class Template:
         if thinks is not None and self.switch:
             found[self.switch] = bool(thinks)
         elif thinks is not None and bool(thinks) != reasons and not found:
-            self._refuse_effort(reasons, "reasoning_effort" if effort else "enable_thinking")
+            # An effort alone is left alone by a model that does not reason: whoever sent it may
+            # have done so before it was known which model answers.
+            if reasons or "enable_thinking" in given:
+                self._refuse_effort(reasons, "reasoning_effort" if effort else "enable_thinking")
         return found
 
     def _refuse_effort(self, reasons: bool, field: str) -> None:
