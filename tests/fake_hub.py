@@ -43,6 +43,7 @@ class FakeHub:
     listing_faults: deque[str] = field(default_factory=deque)
     requests: list[tuple[str, str]] = field(default_factory=list)
     stall_seconds: float = 0.6
+    slow_seconds: float = 0.01
     wrong_hash_of: frozenset[str] = frozenset()
     base: str = ""
     keys: dict[str, str] = field(default_factory=dict)
@@ -272,7 +273,7 @@ class _Handler(QuietHandler):
             for i in range(0, len(part), max(len(part) // 5, 1)):
                 self.wfile.write(part[i : i + max(len(part) // 5, 1)])
                 self.wfile.flush()
-                time.sleep(0.01)
+                time.sleep(self.fake.slow_seconds)
         else:
             self.wfile.write(part)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,6 +186,40 @@ def test_a_full_disk_is_told_in_words(
     monkeypatch.setattr("serve.sources.download._Transfer._receive", full)
     with pytest.raises(SourceFailed, match="disk is full"):
         fetch(client, offers(client, hub)[0], tmp_path)
+
+
+def test_a_mirror_may_be_slow_for_as_long_as_something_comes(
+    hub: FakeHub, client: httpx.Client, tmp_path: Path
+) -> None:
+    """Silence has a limit (here 0.3 s), the whole has none."""
+    hub.slow_seconds = 0.15
+    hub.faults = deque([Fault("slow")] * 3)
+    began = time.monotonic()
+    fetch(client, offers(client, hub)[0], tmp_path)
+    assert time.monotonic() - began > 2 * 0.3
+    assert contents(tmp_path) == LOADED and len(hub.bytes_requests()) == len(LOADED)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_lock_that_cannot_be_made_is_told_in_words(
+    hub: FakeHub,
+    client: httpx.Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    opened = os.open
+
+    def refused(path: Any, *rest: Any, **named: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refused)
+    offer = offers(client, hub)[0]
+    with pytest.raises(SourceFailed, match="the folder cannot be written") as failed:
+        fetch(client, offer, tmp_path)
+    assert "WORK_DIR" in failed.value.fix and hub.bytes_requests() == []
 
 
 @pytest.mark.parametrize("fault", ["503", "html", "loop", "stall", "json"])

@@ -202,6 +202,41 @@ def test_without_git_lfs_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert "apt install" in failed.value.fix
 
 
+def test_a_users_language_and_ways_to_be_asked_change_nothing(
+    git: FakeGit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """git's words are read, so they must be English; nobody is there to answer a question."""
+    asked = tmp_path / "asked"
+    script = tmp_path / "ask"
+    script.write_text(f"#!/bin/sh\ntouch {asked}\necho secret\n")
+    script.chmod(0o755)
+    for name in ("GIT_ASKPASS", "SSH_ASKPASS"):
+        monkeypatch.setenv(name, str(script))
+    monkeypatch.setenv("DISPLAY", ":0")
+    for name in ("LANG", "LC_ALL", "LC_MESSAGES"):
+        monkeypatch.setenv(name, "de_DE.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de_DE:de")
+    git.password = "right"
+    with pytest.raises(SourceFailed, match="asks for a user and a password"):
+        get(git.url, tmp_path / "closed")
+    assert not asked.exists()
+    elsewhere = running_git.Clone(tmp_path / "nowhere", git.url)
+    said = subprocess.run(elsewhere.git("status"), capture_output=True, text=True).stderr
+    assert said.startswith("fatal: cannot change to"), said
+    git.password = ""
+    assert contents(get(git.url, tmp_path / "open")) == WANTED
+
+
+def test_git_may_be_slow_for_as_long_as_it_says_something(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    slow = ["sh", "-c", "for i in 1 2 3 4 5 6; do echo $i; sleep 0.2; done"]
+    code, said = running_git.run_watched(slow, log, lambda: len(log.read_bytes()), 0.6)
+    assert (code, said.split()) == (0, ["1", "2", "3", "4", "5", "6"])
+    silent = ["sh", "-c", "echo 1; sleep 30"]
+    code, said = running_git.run_watched(silent, log, lambda: len(log.read_bytes()), 0.6)
+    assert code != 0 and "nothing came for" in said
+
+
 @pytest.mark.slow
 def test_200_random_fault_schedules_end_with_the_right_bytes_or_a_clear_error(
     git: FakeGit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,6 +40,7 @@ class Clone:
     def git(self, *arguments: str) -> list[str]:
         environment = {
             "LC_ALL": "C.UTF-8",  # its words are read below
+            "LANGUAGE": "",  # wins over LC_ALL, which is not plain C
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_ASKPASS": "true",  # an editor's terminal sets one that opens a window
             "SSH_ASKPASS_REQUIRE": "never",
