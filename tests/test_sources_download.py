@@ -200,6 +200,21 @@ def test_a_mirror_may_be_slow_for_as_long_as_something_comes(
     assert contents(tmp_path) == LOADED and len(hub.bytes_requests()) == len(LOADED)
 
 
+def test_no_file_is_waited_for_once_another_has_failed(
+    hub: FakeHub, client: httpx.Client, tmp_path: Path
+) -> None:
+    hub.slow_seconds = 0.25
+    whole = RemoteFile("model.safetensors", f"{hub.base}/weight/o/m/model.safetensors", 10**6)
+    missing = RemoteFile("tokenizer.json", f"{hub.base}/weight/o/m/no-such-file", 10)
+    hub.faults = deque([Fault("slow")])
+    with pytest.raises(SourceFailed, match="tokenizer.json"):
+        fetch(client, Offer("a hub", "o/m", (whole, missing)), tmp_path)
+    part = tmp_path / "model.safetensors.part"
+    came = part.stat().st_size if part.exists() else 0
+    assert came < len(FILES["model.safetensors"])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_lock_that_cannot_be_made_is_told_in_words(
     hub: FakeHub,

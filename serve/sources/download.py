@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -54,18 +54,20 @@ def download(
     patience: Patience = Patience(),
 ) -> Path:
     """Make `folder` hold every file of `offer`, whole. Raises SourceFailed; what came stays for
-    the next try."""
+    the next try, and no file is waited for once another has failed."""
+    stop = threading.Event()
     with turn(folder, meter):
         check_disk(offer, folder)
         with ThreadPoolExecutor(patience.workers, "download") as pool:
             tasks = [
-                pool.submit(_Transfer(client, offer, file, folder, meter, patience).run)
+                pool.submit(_Transfer(client, offer, file, folder, meter, patience, stop).run)
                 for file in offer.files
             ]
             try:
                 for task in as_completed(tasks):
                     task.result()
             except BaseException:
+                stop.set()
                 for task in tasks:
                     task.cancel()
                 raise
@@ -153,6 +155,7 @@ class _Transfer:
         folder: Path,
         meter: Meter,
         patience: Patience,
+        stop: threading.Event,
     ) -> None:
         if not is_plain_name(file.path):
             raise SourceFailed(f"{offer.source} names a file outside the model: {file.path!r}")
@@ -163,6 +166,7 @@ class _Transfer:
         self._part = _part(folder, file)
         self._meter = meter
         self._patience = patience
+        self._stop = stop
         self._size = file.size
 
     def run(self) -> None:
@@ -201,7 +205,12 @@ class _Transfer:
         self._meter.attempt += 1
         self._meter.detail = str(broken)
         log.info("%s from %s: %s; trying on", self._file.path, self._offer.source, broken)
-        time.sleep(self._patience.pause_seconds * 2 ** min(fruitless, 5))
+        self._stop.wait(self._patience.pause_seconds * 2 ** min(fruitless, 5))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise SourceFailed(f"{self._file.path} was left, for another file failed")
 
     def _have(self) -> int:
         return self._part.stat().st_size if self._part.exists() else 0
@@ -247,6 +256,7 @@ class _Transfer:
         expected = self._expected(response)
         with self._part.open("ab") as out:
             for chunk in response.iter_raw():
+                self._go_on()
                 out.write(chunk)
                 self._meter.add(len(chunk))
         self._meter.detail = ""
