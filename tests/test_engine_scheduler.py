@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -137,6 +138,17 @@ def test_one_tenants_prompt_is_unknown_to_another() -> None:
         s.add(request)
         run_out(s)
         assert request.cached_tokens == reused
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_seed_keeps_to_its_own_blocks_only_where_it_is_computed_otherwise(apart: bool) -> None:
+    s = Scheduler(KVCache((GroupSpec(None, (0,), 64),), 4, 128, seeded_apart=apart), 8, 4)
+    plain, seeded = ask(list(range(20))), ask(list(range(20)))
+    seeded.generation = replace(seeded.generation, sampling=Sampling(seed=1))
+    for request in (plain, seeded):
+        s.add(request)
+        run_out(s)
+    assert seeded.cached_tokens == (0 if apart else 16)
 
 
 def test_decodes_go_on_while_a_long_prompt_is_computed() -> None:

@@ -198,7 +198,17 @@ class BlockPool:
 class KVCache:
     """All groups together. A sequence's tables are in step: each covers the same tokens."""
 
-    def __init__(self, groups: tuple[GroupSpec, ...], block_size: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        groups: tuple[GroupSpec, ...],
+        block_size: int,
+        max_tokens: int,
+        *,
+        seeded_apart: bool = False,
+    ) -> None:
+        """`seeded_apart`: requests with a seed are computed more precisely (as a CPU's compiled
+        steps do), so that their blocks and those of requests without are not the same."""
+        self._seeded_apart = seeded_apart
         self.groups = groups
         self.block_size = block_size
         self.columns = -(-max_tokens // block_size)
@@ -360,19 +370,18 @@ class KVCache:
     def _hash_up_to(self, sequence: Sequence, blocks: int) -> None:
         hashes, size = sequence.hashes, self.block_size
         for column in range(len(hashes), blocks):
-            parent = hashes[-1] if hashes else _root(sequence)
+            parent = hashes[-1] if hashes else self._root(sequence)
             first, end = column * size, (column + 1) * size
             ids = array("q", sequence.ids[first:end]).tobytes()
             salts = sequence.request.generation.prompt.salts
             ids += b"".join(salt for place, salt in salts if first <= place < end)
             hashes.append(hashlib.blake2b(parent + ids, digest_size=16).digest())
 
-
-def _root(sequence: Sequence) -> bytes:
-    """Where a hash chain begins: one tenant's blocks are unknown to every other, and those of
-    requests with a seed, which a CPU computes more precisely, to those without."""
-    generation = sequence.request.generation
-    tenant = generation.tenant.encode()
-    salt = len(tenant).to_bytes(8, "little") + tenant + generation.prompt.salt
-    salt += b"seeded" if sequence.request.is_seeded else b""
-    return hashlib.blake2b(salt, digest_size=16).digest()
+    def _root(self, sequence: Sequence) -> bytes:
+        """Where a hash chain begins: one tenant's blocks are unknown to every other."""
+        generation = sequence.request.generation
+        tenant = generation.tenant.encode()
+        salt = len(tenant).to_bytes(8, "little") + tenant + generation.prompt.salt
+        if self._seeded_apart and sequence.request.is_seeded:
+            salt += b"seeded"
+        return hashlib.blake2b(salt, digest_size=16).digest()

@@ -245,7 +245,8 @@ def create_runner(
         chunk=config.prefill_chunk,
     )
     _tell_context(size, context_length, is_measured=config.kv_cache_gb is None)
-    cache = KVCache(size.groups, config.block_size, size.context_length + 1)
+    most = size.context_length + 1
+    cache = KVCache(size.groups, config.block_size, most, seeded_apart=decoder is not None)
     if has_kernels:
         from serve.engine import gpu
 
