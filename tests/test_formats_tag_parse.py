@@ -252,10 +252,8 @@ def test_efforts_that_a_model_cannot_be_asked_for_are_refused_by_name() -> None:
         speaking(family)[0].render(ChatRequest(ASK, **options))
 
     ask("plain", reasoning_effort="none")
+    ask("plain", reasoning_effort="high")  # left alone: it may have been sent to another model
     ask("r1", reasoning_effort="high")
-    with pytest.raises(Unsupported) as refused:
-        ask("plain", reasoning_effort="high")
-    assert refused.value.param == "reasoning_effort"
     with pytest.raises(Unsupported) as refused:
         ask("r1", reasoning_effort="none")
     assert refused.value.param == "reasoning_effort"
