@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.errors import Unsupported
@@ -278,6 +278,7 @@ WORDS = [
 
 
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.sampled_from(WORDS), max_size=12))
+@example("json", ['{"name": "look", "arguments": ', "apple"])
 @settings(max_examples=400, deadline=None)
 def test_anything_at_all_is_read_without_raising_and_the_same_however_cut(
     family: str, words: list[str]

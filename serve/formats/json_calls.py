@@ -226,7 +226,7 @@ class JsonCallReader:
         return self._begin("arguments")
 
     def _arguments(self, told: Read, is_last: bool) -> bool:
-        if not self._buffer[self._scanned :]:
+        if len(self._buffer) == self._scanned and not (is_last and self._buffer):
             return False
         end = self._span.end(self._buffer[self._scanned :], start=self._starts)
         self._starts = False
