@@ -125,15 +125,19 @@ def cost(work: Path) -> None:
         print(f"8 bits, {tokens} tokens: {packed_ms:.2f} ms; 16 bits: {plain_ms:.2f}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code 1 if a case failed."""
+    failed = 0
     for method, options in CASES:
         try:
             check(method, options, Path(tempfile.mkdtemp()))
         except Exception as error:  # the other cases are still worth knowing
             print(f"{method} {options}: FAILED {type(error).__name__}: {error}", flush=True)
+            failed += 1
     if torch.cuda.is_available():
         cost(Path(tempfile.mkdtemp()))
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
