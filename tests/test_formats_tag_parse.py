@@ -279,6 +279,8 @@ WORDS = [
 
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.sampled_from(WORDS), max_size=12))
 @example("json", ['{"name": "look", "arguments": ', "apple"])
+@example("mistral", ["[TOOL_CALLS]", '{"name": "look", "arguments": ', ", ", "apple"])
+@example("hermes", ["<tool_call>", '{"name": "look", "arguments": ', "{}", "</tool_call>", "apple"])
 @settings(max_examples=400, deadline=None)
 def test_anything_at_all_is_read_without_raising_and_the_same_however_cut(
     family: str, words: list[str]

@@ -245,10 +245,30 @@ class JsonCallReader:
         return self._begin("tail", JsonSpan(1)) if self._has_outer else self._begin("between")
 
     def _tail(self, told: Read, is_last: bool) -> bool:
-        """The rest of the object around the arguments."""
-        end = self._span.end(self._buffer)
-        self._buffer = "" if end is None else self._buffer[end:]
-        return self._begin("between") if end is not None else False
+        """The rest of the object around the arguments: its other keys say nothing, what is no JSON
+        is text. The closing tag ends an object that is never closed."""
+        end = self._span.end(self._buffer[self._scanned :])
+        upto = len(self._buffer) if end is None else self._scanned + end
+        first = max(0, self._scanned - len(self._closes))
+        closed = self._buffer.find(self._closes, first, upto) if self._closes else -1
+        if end is None and closed < 0 and not is_last:
+            self._scanned = upto
+            return False
+        upto = upto if closed < 0 else closed
+        rest, self._buffer = self._buffer[:upto], self._buffer[upto:]
+        told.said += "" if _ends_an_object(rest) else rest
+        return self._begin("between") if end is not None or closed >= 0 else False
+
+
+def _ends_an_object(text: str) -> bool:
+    """Whether `text` could follow a value in an object and close it, or leave just that out."""
+    for whole in (f'{{"":0{text}', f'{{"":0{text}}}'):
+        try:
+            json.loads(whole)
+        except (ValueError, RecursionError):
+            continue
+        return True
+    return False
 
 
 def _unquoted(text: str) -> str:
